@@ -1,0 +1,51 @@
+# `make tune` and `make test` do all the set-up they need: a virtual environment in $(VENV), with uv where it is
+# there, else with venv and pip. Name another Python 3.11+ with `make PYTHON=python3.13 ...`.
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= out/tune
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := all,test,bench
+
+# A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
+DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
+
+.PHONY: tune test bench notebooks lint clean
+.DEFAULT_GOAL := tune
+
+tune: $(READY)
+	@rm -rf $(OUT)
+	$(BIN)/llmq tune --out $(OUT) $(DEMO)
+
+test: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,mean,rounds
+
+notebooks: $(READY)
+	cd notebooks && for source in [0-9]*.py; do \
+	  ../$(BIN)/jupytext --to ipynb --execute --output $${source%.py}.ipynb $$source || exit 1; done
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmq needs Python 3.11 or newer; name one: make PYTHON=python3.13")'
+	@echo "Setting up $(VENV) ..."
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRAS)]'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

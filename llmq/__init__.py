@@ -1,0 +1,75 @@
+"""How many LLM calls should run at once? Measured, and kept in force.
+
+import llmq
+
+sweep = await llmq.sweep(my_coroutine, items)      # measure at several levels
+print(sweep.recommend())                           # a number, and why
+answer = await llmq.submit(lambda: client.ask(...))  # through the one queue, if the flag is on
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmq.core import LLMTaskMeta, Outcome, Priority, Statistics
+    from llmq.errors import (
+        AnswerError,
+        ConfigError,
+        InputError,
+        LLMQError,
+        ProviderError,
+        QueueDrainingError,
+        QueueError,
+        QueueTimeout,
+        RequestTimeout,
+        RuntimeInUseError,
+    )
+    from llmq.items import ItemOutcome
+    from llmq.pipeline import Pipeline, Stage
+    from llmq.queue import LLMQueue, Slot
+    from llmq.records import AttemptRecord, OperationRecord, Records
+    from llmq.retry import Kind, Retry, Verdict, classify
+    from llmq.runtime import RuntimeEnv, limiter, submit, using
+    from llmq.settings import Settings
+    from llmq.telemetry import Telemetry, configure_logfire
+    from llmq.tune.sweep import Sweep, sweep
+
+_HOME = {
+    "llmq.core": ("LLMTaskMeta", "Outcome", "Priority", "Statistics"),
+    "llmq.errors": (
+        "AnswerError",
+        "ConfigError",
+        "InputError",
+        "LLMQError",
+        "ProviderError",
+        "QueueDrainingError",
+        "QueueError",
+        "QueueTimeout",
+        "RequestTimeout",
+        "RuntimeInUseError",
+    ),
+    "llmq.items": ("ItemOutcome",),
+    "llmq.pipeline": ("Pipeline", "Stage"),
+    "llmq.queue": ("LLMQueue", "Slot"),
+    "llmq.records": ("AttemptRecord", "OperationRecord", "Records"),
+    "llmq.retry": ("Kind", "Retry", "Verdict", "classify"),
+    "llmq.runtime": ("RuntimeEnv", "limiter", "submit", "using"),
+    "llmq.settings": ("Settings",),
+    "llmq.telemetry": ("Telemetry", "configure_logfire"),
+    "llmq.tune.sweep": ("Sweep", "sweep"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'llmq' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,81 @@
+"""Every exception that llmq raises itself.
+
+    LLMQError
+    ├── ConfigError            (ValueError)    a setting, key or option that cannot be used
+    ├── InputError             (ValueError)    a line of an input file that cannot be used
+    ├── QueueError
+    │   ├── QueueTimeout       (TimeoutError)  waited longer than queue_timeout for a slot
+    │   ├── QueueDrainingError                 the queue refuses new calls since drain()
+    │   └── RuntimeInUseError                  the process's queue cannot be replaced now
+    ├── RequestTimeout         (TimeoutError)  ran longer than request_timeout in its slot
+    ├── ProviderError                          a provider's answer that is not a success
+    └── AnswerError            (ValueError)    an answer that is not what was asked for
+
+What a caller's own function raises passes through the queue unchanged and is none of these.
+"""
+
+from collections.abc import Mapping
+
+
+class LLMQError(Exception):
+    """Base of all errors raised by llmq."""
+
+
+class ConfigError(LLMQError, ValueError):
+    """A setting, key or option is unknown or has a value that cannot be used; the message names it."""
+
+
+class InputError(LLMQError, ValueError):
+    """A line of an input file cannot be used; the message gives file and line."""
+
+
+class QueueError(LLMQError):
+    """Base of what the queue itself refuses."""
+
+
+class QueueTimeout(QueueError, TimeoutError):
+    """The call waited longer than `queue_timeout` for a slot and was never started."""
+
+
+class QueueDrainingError(QueueError):
+    """The queue refuses new calls since `drain()`; `resume()` opens it again."""
+
+
+class RuntimeInUseError(QueueError):
+    """The process's queue cannot be replaced: it was set up otherwise, or calls are open."""
+
+
+class RequestTimeout(LLMQError, TimeoutError):
+    """The call held its slot longer than `request_timeout`."""
+
+
+class ProviderError(LLMQError):
+    """A provider answered with an error, or not to the end.
+
+    `status_code` is None where no status came (a connection cut, a hang). `headers` are lower-case. The
+    shape (`status_code`, `response.headers`, `body`) is the one that `llmq.classify` reads from any SDK.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: object = None,
+        connection_lost: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.connection_lost = connection_lost
+        self.status_code = status_code
+        self.headers: Mapping[str, str] = headers or {}
+        self.body = body
+
+    @property
+    def response(self) -> "ProviderError":
+        """The error itself: it has the `headers` that SDK errors keep on their response."""
+        return self
+
+
+class AnswerError(LLMQError, ValueError):
+    """An answer arrived but is not what was asked for (not JSON, or not of the asked schema)."""

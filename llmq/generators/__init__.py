@@ -1,0 +1,1 @@
+"""The service-ambitions generators: services in, plateaus or ambitions out, JSONL both ways."""

@@ -1,0 +1,166 @@
+"""One place through which every call of the generators goes: cache, queue, validation, transcript."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+from urllib.parse import quote
+
+from pydantic import BaseModel, ValidationError
+
+from llmq.core import LLMTaskMeta
+from llmq.errors import AnswerError
+from llmq.providers.chat import ChatAnswer, ChatClient, ChatRequest
+from llmq.retry import Retry, unqueued
+from llmq.runtime import active_queue
+
+M = TypeVar("M", bound=BaseModel)
+
+CacheMode = Literal["off", "read", "refresh", "write"]
+
+
+class AnswerCache:
+    """Validated answers by what was asked, a file each.
+
+    off: neither read nor written. read: use what is there. write: the same, and add what was not.
+    refresh: ask anew and overwrite.
+    """
+
+    def __init__(self, mode: CacheMode, folder: Path) -> None:
+        self.mode = mode
+        self._folder = folder
+
+    def get(self, request: ChatRequest) -> str | None:
+        """The answer kept for a request, if it may be used."""
+        if self.mode not in ("read", "write"):
+            return None
+        try:
+            found = json.loads(self._path(request).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # not there, or torn by a crash: ask again
+        return str(found["content"]) if isinstance(found, dict) and "content" in found else None
+
+    def put(self, request: ChatRequest, content: str) -> None:
+        """Keep an answer, whole or not at all."""
+        if self.mode not in ("write", "refresh"):
+            return
+        path = self._path(request)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".answer-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"content": content}, file)
+        os.replace(temporary, path)
+
+    def _path(self, request: ChatRequest) -> Path:
+        digest = request.digest()
+        return self._folder / digest[:2] / f"{digest}.json"
+
+
+@dataclass
+class Transcript:
+    """What was asked and answered for one service, written when the service is over. Holds prompts."""
+
+    folder: Path
+    service_id: str
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, stage: str, request: ChatRequest, content: str, cached: bool) -> None:
+        """Note one answered call."""
+        self.entries.append({"stage": stage, "messages": request.messages, "answer": content, "cached": cached})
+
+    def write(self) -> None:
+        """One line a call, in the order of the stages' labels, so that it is the same in both modes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in sorted(self.entries, key=lambda e: str(e["stage"]))]
+        path = self.folder / f"{_file_name(self.service_id)}.jsonl"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SessionContext:
+    """What the calls of one service share. `rank` puts older services first; `sending` hears of each paid call."""
+
+    service_id: str | None = None
+    model: str = "simulated-1"
+    rank: int = 0
+    cache: AnswerCache | None = None
+    transcript: Transcript | None = None
+    retry: Retry | None = None
+    request_timeout: float | None = None
+    sending: Callable[[str], None] | None = None
+
+
+class ConversationSession:
+    """The calls of one stage of one service."""
+
+    def __init__(self, client: ChatClient, stage: str, context: SessionContext | None = None) -> None:
+        self._client = client
+        self._stage = stage
+        self._context = context or SessionContext()
+
+    @overload
+    async def ask_async(self, prompt: str, answer: type[M]) -> M: ...
+
+    @overload
+    async def ask_async(self, prompt: str, answer: None = None) -> str: ...
+
+    async def ask_async(self, prompt: str, answer: type[M] | None = None) -> M | str:
+        """Ask, through the queue if it is on. Returns the answer as an `answer`, or its text where that is None.
+
+        A cached answer takes no slot. A malformed one raises `AnswerError` and is not asked for again.
+        """
+        context = self._context
+        request = ChatRequest(
+            context.model,
+            [{"role": "user", "content": prompt}],
+            None if answer is None else answer.model_json_schema(),
+            self._stage,
+            context.service_id,
+        )
+        content = context.cache.get(request) if context.cache is not None else None
+        cached = content is not None
+        if content is None:
+            content = (await self._send(request)).content
+        parsed = content if answer is None else _parse(answer, content, self._stage)
+        if context.cache is not None and not cached:
+            context.cache.put(request, content)
+        if context.transcript is not None:
+            context.transcript.add(self._stage, request, content, cached)
+        return parsed
+
+    async def _send(self, request: ChatRequest) -> ChatAnswer:
+        context = self._context
+        if context.sending is not None:
+            context.sending(self._stage)
+
+        async def call() -> ChatAnswer:
+            return await self._client.complete(request)
+
+        queue = active_queue()
+        if queue is None:
+            return await unqueued(call, retry=context.retry, request_timeout=context.request_timeout)
+        meta = LLMTaskMeta(self._stage, context.model, context.service_id, rank=context.rank)
+        return await queue.submit(call, meta=meta, retry=context.retry)
+
+
+def _parse(answer: type[M], content: str, stage: str) -> M:
+    try:
+        return answer.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise AnswerError(f"{stage}: the answer is not what was asked for: {place}: {first['msg']}") from None
+
+
+def _file_name(service_id: str) -> str:
+    """A file name for any id: no separators, no dots in front, and short enough."""
+    name = quote(service_id, safe=" ")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    return name if len(name) <= 120 else name[:100] + hashlib.sha256(service_id.encode()).hexdigest()[:16]

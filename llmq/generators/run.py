@@ -1,0 +1,207 @@
+"""Services in, records out: every service ends up in exactly one of OUT and OUT.quarantine.jsonl.
+
+Beside OUT stands OUT.calls.jsonl, a line for each call that was sent (service and stage, nothing else). It is how a
+resumed run knows which calls are paid for a second time. A line is written whole or, if the process is killed
+within it, cut off by the next `resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+from llmq.errors import InputError, LLMQError, ProviderError
+from llmq.generators.ambitions import ambitions_pipeline, ambitions_record
+from llmq.generators.conversation import AnswerCache, SessionContext, Transcript
+from llmq.generators.jsonl import drop_torn_line, read_lines, write_line
+from llmq.generators.plateaus import ServiceItem, plateau_pipeline, plateau_record
+from llmq.generators.services import Catalogues, Service
+from llmq.providers.chat import ChatClient
+from llmq.retry import classify
+from llmq.settings import Settings
+
+GeneratorName = Literal["plateaus", "ambitions"]
+_GENERATORS = {
+    "plateaus": (plateau_pipeline, plateau_record),
+    "ambitions": (ambitions_pipeline, ambitions_record),
+}
+
+
+@dataclass
+class RunReport:
+    """What came of a run. `calls` and `calls_paid_twice` count over the life of OUT, resumed runs included."""
+
+    out: Path
+    quarantine: Path
+    finished: int = 0
+    quarantined: int = 0
+    skipped: int = 0
+    calls: int = 0
+    calls_paid_twice: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.finished} services finished in {self.seconds:.1f} s: {self.out}"]
+        if self.skipped:
+            parts.append(f"{self.skipped} were there already")
+        if self.quarantined:
+            parts.append(f"{self.quarantined} failed: {self.quarantine} (--resume tries them again)")
+        parts.append(f"{self.calls} calls sent, {self.calls_paid_twice} of them paid twice by interruptions or retries")
+        return "\n".join(parts)
+
+
+async def run_services(
+    services: list[Service],
+    out: Path,
+    *,
+    client: ChatClient,
+    catalogues: Catalogues,
+    settings: Settings,
+    generator: GeneratorName = "plateaus",
+    resume: bool = False,
+    on_done: Callable[[RunReport], None] = lambda report: None,
+) -> RunReport:
+    """Generate a record for each service, through the queue in force. `on_done` hears after each service.
+
+    Raises `InputError` if OUT is there and `resume` is not set, or another run writes to it.
+    """
+    started_at = time.monotonic()
+    files = _Files(out)
+    make_pipeline, make_record = _GENERATORS[generator]
+    pipeline = make_pipeline(client, catalogues)
+    with files.opened({service.service_id for service in services}, resume=resume) as handles:
+        left = [service for service in services if service.service_id not in handles.done]
+        report = RunReport(out, files.quarantine, skipped=len(services) - len(left))
+        items = (
+            ServiceItem(service, _context(service, rank, settings, handles.calls)) for rank, service in enumerate(left)
+        )
+        async with pipeline.run(items, open_items=settings.concurrency) as outcomes:
+            async for outcome in outcomes:
+                service, context = outcome.item.service, outcome.item.context
+                if outcome.error is None:
+                    write_line(handles.records, make_record(service, outcome.unwrap()))
+                    report.finished += 1
+                else:
+                    write_line(handles.quarantined, _quarantine_line(service, outcome.error))
+                    report.quarantined += 1
+                if context.transcript is not None:
+                    context.transcript.write()
+                report.seconds = time.monotonic() - started_at
+                on_done(report)
+    report.calls, report.calls_paid_twice = files.count_calls()
+    report.seconds = time.monotonic() - started_at
+    return report
+
+
+def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) -> SessionContext:
+    def sending(stage: str) -> None:
+        write_line(calls, {"service_id": service.service_id, "stage": stage})
+
+    folder = settings.transcripts_dir
+    return SessionContext(
+        service.service_id,
+        settings.model,
+        rank,
+        cache=AnswerCache(settings.cache_mode, settings.cache_dir),
+        transcript=None if folder is None else Transcript(folder, service.service_id),
+        retry=settings.retry,
+        request_timeout=settings.request_timeout,
+        sending=sending,
+    )
+
+
+def _quarantine_line(service: Service, error: Exception) -> dict[str, Any]:
+    return {
+        "service_id": service.service_id,
+        "name": service.name,
+        "error_type": type(error).__qualname__,
+        "reason": _reason(error),
+    }
+
+
+def _reason(error: Exception) -> str:
+    """Why a service failed, without what a provider's message may repeat: prompts and keys."""
+    if isinstance(error, LLMQError) and not isinstance(error, ProviderError):
+        return str(error)
+    verdict = classify(error)
+    status = "" if verdict.status_code is None else f", status {verdict.status_code}"
+    limit = "" if verdict.limit_type is None else f", limit on {verdict.limit_type}"
+    return f"{verdict.kind.value}{status}{limit}"
+
+
+class _Handles(NamedTuple):
+    done: set[str]
+    records: IO[str]
+    quarantined: IO[str]
+    calls: IO[str]
+
+
+class _Files:
+    """OUT and the two files beside it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.quarantine = Path(f"{out}.quarantine.jsonl")
+        self.calls = Path(f"{out}.calls.jsonl")
+
+    @contextlib.contextmanager
+    def opened(self, ids: set[str], *, resume: bool) -> Iterator[_Handles]:
+        """The files, made fit to append to, and kept from a second run for the length of the block."""
+        there = [path for path in (self.out, self.quarantine, self.calls) if path.exists()]
+        if there and not resume:
+            raise InputError(f"{there[0]} is there already; go on with --resume, or choose another --out")
+        with contextlib.ExitStack() as stack:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                records = stack.enter_context(self.out.open("a", encoding="utf-8"))
+                _lock(records, self.out)
+                for path in there:
+                    drop_torn_line(path)
+                done = self._done()
+                if self.quarantine in there:
+                    self._forget_quarantined(ids | done)
+                quarantined = stack.enter_context(self.quarantine.open("a", encoding="utf-8"))
+                calls = stack.enter_context(self.calls.open("a", encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"cannot write to {self.out}: {error.strerror or error}") from None
+            yield _Handles(done, records, quarantined, calls)
+
+    def _done(self) -> set[str]:
+        """The services whose record is written."""
+        done: set[str] = set()
+        for number, record in read_lines(self.out):
+            service_id = record.get("service_id")
+            if not isinstance(service_id, str) or service_id in done:
+                raise InputError(f"{self.out}, line {number}: not a record of a run (service_id {service_id!r})")
+            done.add(service_id)
+        return done
+
+    def count_calls(self) -> tuple[int, int]:
+        """Calls sent, and how many of them for the same service and stage as an earlier one."""
+        sent = [(line["service_id"], line["stage"]) for _, line in read_lines(self.calls)]
+        return len(sent), len(sent) - len(set(sent))
+
+    def _forget_quarantined(self, ids: set[str]) -> None:
+        """Leave out the services that this run tries again, or has finished."""
+        kept = [line for _, line in read_lines(self.quarantine) if line.get("service_id") not in ids]
+        temporary = Path(f"{self.quarantine}.tmp")
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.quarantine)
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Refuse a second run on the same file, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run writes to {path}") from None

@@ -1,0 +1,119 @@
+"""What happened, as plain records: one per operation and one per attempt.
+
+An *operation* is what a caller submits: waiting, attempts and back-off included. An *attempt* is one time that
+a slot was asked for and the call run in it. Times are seconds on the clock of the caller's loop: differences
+within one loop mean something, nothing else does. Percentiles come from these records, never from histograms.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CallOutcome = Literal["ok", "error", "cancelled", "rejected", "timeout"]
+"""ok; error: the call raised; cancelled: by its caller; rejected: refused by the provider; timeout."""
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One attempt. `started_at` is None where it never got a slot."""
+
+    operation_id: int
+    attempt: int
+    stage: str | None
+    model_name: str | None
+    service_id: str | None
+    request_id: str | None
+    submitted_at: float
+    started_at: float | None
+    ended_at: float
+    outcome: CallOutcome
+    status_code: int | None = None
+    limit_type: str | None = None
+    retry_after_seconds: float | None = None
+    error_type: str | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """From asking for a slot to having it, or to giving up."""
+        return (self.ended_at if self.started_at is None else self.started_at) - self.submitted_at
+
+    @property
+    def service_seconds(self) -> float | None:
+        """From having the slot to the end; None where it never had one."""
+        return None if self.started_at is None else self.ended_at - self.started_at
+
+
+@dataclass(slots=True)
+class OperationRecord:
+    """One submitted call, from `submit` to its result. `wait_seconds` sums over its attempts."""
+
+    operation_id: int
+    stage: str | None
+    model_name: str | None
+    service_id: str | None
+    request_id: str | None
+    submitted_at: float
+    ended_at: float
+    attempts: int
+    wait_seconds: float
+    outcome: CallOutcome
+    error_type: str | None = None
+
+    @property
+    def duration_seconds(self) -> float:
+        """Submit to result: waiting, attempts and back-off."""
+        return self.ended_at - self.submitted_at
+
+
+R = TypeVar("R", AttemptRecord, OperationRecord)
+
+_DERIVED = {AttemptRecord: ("wait_seconds", "service_seconds"), OperationRecord: ("duration_seconds",)}
+
+
+class RecordList(list[R], Generic[R]):
+    """Records in order of their end."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A DataFrame with a row a record and a column a field, derived times included. Needs pandas."""
+        import pandas as pd
+
+        if not self:
+            return pd.DataFrame()
+        kind = type(self[0])
+        names = [field.name for field in fields(kind)] + list(_DERIVED[kind])
+        rows: list[dict[str, Any]] = [{name: getattr(record, name) for name in names} for record in self]
+        return pd.DataFrame(rows, columns=names)
+
+
+@dataclass(slots=True)
+class Records:
+    """A copy of a queue's record buffers."""
+
+    operations: RecordList[OperationRecord]
+    attempts: RecordList[AttemptRecord]
+
+
+class RecordBuffer:
+    """The newest `size` operations and attempts. Appending is safe from any thread."""
+
+    def __init__(self, size: int) -> None:
+        self.operations: deque[OperationRecord] = deque(maxlen=size)
+        self.attempts: deque[AttemptRecord] = deque(maxlen=size)
+
+    def snapshot(self) -> Records:
+        """Everything that is kept, copied."""
+        return Records(RecordList(_copied(self.operations)), RecordList(_copied(self.attempts)))
+
+
+def _copied(records: deque[R]) -> Iterable[R]:
+    while True:  # another thread may append while a deque is read, which raises
+        try:
+            return list(records)
+        except RuntimeError:
+            continue

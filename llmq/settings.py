@@ -1,0 +1,217 @@
+"""The settings of a process, and where each value came from.
+
+Order: argument, then environment (`SA_` before the name in capitals; lists as JSON), then YAML (`config_file`, else
+`config/app.yaml` in the working directory if it is there), then default. What is not known or cannot be used is
+refused with its file, line or variable and the nearest known name. Keys of providers are never settings: a
+setting only names the environment variable that holds one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from llmq.errors import ConfigError
+from llmq.providers.spec import ProviderSpec
+from llmq.retry import Retry
+
+ENV_PREFIX = "SA_"
+GUARDED_ENV_PREFIX = "SA_LLM_"
+DEFAULT_CONFIG_FILE = Path("config/app.yaml")
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _not_a_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1)]
+
+
+def _http_url(url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    return url
+
+
+class Settings(BaseSettings):
+    """Every setting, with its default. See `config/app.example.yaml` for the same as a file.
+
+    Raises `ConfigError` for anything unknown or unusable.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
+
+    llm_queue_enabled: bool = Field(False, description="Send every call through the process's one queue.")
+    llm_queue_concurrency: Count = Field(3, description="Calls in flight at once, with the queue on.")
+    concurrency: Count = Field(5, description="Services (items) open at once; bounds memory, never calls.")
+    request_timeout: Seconds | None = Field(60.0, description="Seconds a call may run in its slot; null: no bound.")
+    queue_timeout: Seconds | None = Field(None, description="Seconds a call may wait for a slot; null: no bound.")
+    retry_attempts: Count = Field(4, description="Attempts of a call, the first included.")
+    retry_base_seconds: float = Field(0.5, ge=0, description="Back-off before the second attempt, at most.")
+    retry_cap_seconds: float = Field(30.0, ge=0, description="Back-off before any attempt, at most.")
+    provider: Literal["simulated", "openai"] = Field(
+        "simulated", description="simulated: in this process, no key, no cost. openai: base_url, any compatible one."
+    )
+    base_url: Annotated[str | None, AfterValidator(_http_url)] = Field(
+        None, description="Endpoint of an OpenAI-compatible provider, with its /v1; null: the SDK's own."
+    )
+    model: str = Field("simulated-1", min_length=1, description="Model to ask for.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", min_length=1, description="Name of the environment variable that holds the key."
+    )
+    simulate: ProviderSpec = Field(
+        ProviderSpec(), description="Behaviour of the simulated provider; every key in `llmq provider --help`."
+    )
+    cache_mode: Literal["off", "read", "refresh", "write"] = Field(
+        "off",
+        description="Answer cache. read: use it. write: use it and add to it. refresh: ask anew and overwrite.",
+    )
+    cache_dir: Path = Field(Path(".llmq/cache"), description="Folder of the answer cache.")
+    transcripts_dir: Path | None = Field(
+        None, description="Folder for prompts and answers, a file a service; null: none are kept."
+    )
+    catalogues_dir: Path | None = Field(
+        None, description="Folder with applications.json, technologies.json, information.json; null: the samples."
+    )
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, config_file: str | os.PathLike[str] | None = None, **arguments: Any) -> None:
+        path = _config_path(config_file)
+        known = type(self).model_fields
+        _refuse_unknown(arguments, known, "argument")
+        in_file = {} if path is None else _read_yaml(path, known)
+        in_environment = _read_environment(type(self))
+        merged = {**in_file, **in_environment, **arguments}
+        sources = dict.fromkeys(known, "default")
+        sources |= dict.fromkeys(in_file, str(path))
+        sources |= {name: f"environment {ENV_PREFIX}{name.upper()}" for name in in_environment}
+        sources |= dict.fromkeys(arguments, "argument")
+        try:
+            super().__init__(**merged)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, sources)) from None
+        self._sources = sources
+        if self.retry_base_seconds > self.retry_cap_seconds:
+            raise ConfigError(
+                f"retry_base_seconds={self.retry_base_seconds:g} ({sources['retry_base_seconds']}) is more than "
+                f"retry_cap_seconds={self.retry_cap_seconds:g} ({sources['retry_cap_seconds']})"
+            )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `__init__` merged: it must know where each value came from."""
+        assert isinstance(init_settings, InitSettingsSource)
+        return (init_settings,)
+
+    def source_of(self, name: str) -> str:
+        """Where a setting's value came from: argument, environment NAME, a file, or default."""
+        return self._sources[name]
+
+    @property
+    def retry(self) -> Retry:
+        """The retry policy of every call, with the queue on or off."""
+        return Retry(self.retry_attempts, self.retry_base_seconds, self.retry_cap_seconds)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)`, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def parse_assignments(pairs: Iterable[str], model: type[BaseModel]) -> dict[str, Any]:
+    """`["a=1", ...]` as a dict, values read as YAML; refuses what `model` does not know."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"expected NAME=VALUE, got {pair!r}")
+        _refuse_unknown([name], model.model_fields, "option")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _config_path(named: str | os.PathLike[str] | None) -> Path | None:
+    if named is None:
+        return DEFAULT_CONFIG_FILE if DEFAULT_CONFIG_FILE.is_file() else None
+    path = Path(named)
+    if not path.is_file():
+        raise ConfigError(f"the configuration file {path} is not there")
+    return path
+
+
+def _read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected `key: value` lines, got a {type(found).__name__}")
+    known = list(known)
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key, place = str(key_node.value), f"{path}, line {key_node.start_mark.line + 1}"
+        if key not in known:
+            raise ConfigError(f"{place}: unknown key {key}{nearest(key, known)}")
+        if key in seen:
+            raise ConfigError(f"{place}: the key {key} is there twice")
+        seen.add(key)
+    return found
+
+
+def _read_environment(settings: type[BaseSettings]) -> dict[str, Any]:
+    known = {f"{ENV_PREFIX}{name.upper()}": name for name in settings.model_fields}
+    for variable in os.environ:
+        if variable.upper().startswith(GUARDED_ENV_PREFIX) and variable.upper() not in known:
+            raise ConfigError(f"unknown environment variable {variable}{nearest(variable.upper(), known)}")
+    try:
+        return dict(EnvSettingsSource(settings, env_parse_none_str="null")())
+    except ValueError as error:  # a list or mapping that is not JSON; the error names the field
+        raise ConfigError(f"environment: {error} (lists and mappings are written as JSON)") from None
+
+
+def _refuse_unknown(names: Iterable[str], known: Mapping[str, object], what: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown {what} {name}{nearest(name, known)}")
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    parts = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        source = sources.get(str(problem["loc"][0]), "argument")
+        parts.append(f"{name} ({source}): {problem['msg']}{_given(problem.get('input'))}")
+    return "; ".join(parts)
+
+
+def _given(value: object) -> str:
+    return f", got {value!r}" if isinstance(value, (str, int, float, bool)) else ""

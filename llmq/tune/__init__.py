@@ -1,0 +1,1 @@
+"""Measuring concurrency: sweeps, what they say, and how they look."""

@@ -1,0 +1,247 @@
+"""From measured levels to one number, with the reason.
+
+A level is *feasible* if its 429 share, error share and p95 are within their bounds and neither this client nor the
+pipeline kept it from being what it says. Recommended is the smallest feasible level that has at least 97 % of the
+best feasible goodput. Goodput is judged, never the total: refusals are fast and look like speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llmq.tune.point import Point
+from llmq.tune.statistics import SAMPLES_FOR_P95
+
+GOOD_ENOUGH = 0.97
+ATTEMPTS_TO_CONFIRM = 400
+MOST_LONGER = 5
+REFUSALS = ("requests", "tokens", "concurrency", "overload", "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a level must keep to be feasible."""
+
+    max_429_ratio: float = 0.01
+    max_error_ratio: float = 0.01
+    slo_p95: float | None = None
+
+    def broken_by(self, point: Point) -> str | None:
+        """Which bound a point breaks, in words, or None."""
+        if point.share_429 > self.max_429_ratio:
+            return f"429 share over {self.max_429_ratio:.0%}"
+        if point.limited_by is not None:
+            return f"{point.limited_by}-limited"
+        if point.succeeded == 0:
+            return "nothing succeeded"
+        if point.error_share > self.max_error_ratio:
+            return f"error share over {self.max_error_ratio:.0%}"
+        if self.slo_p95 is not None and point.service_p95 is not None and point.service_p95 > self.slo_p95:
+            return f"p95 over {self.slo_p95:.3g} s"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """The recommendation. `level` is None where nothing can be recommended; `reason` then says what to do.
+
+    `binds`: requests, tokens, concurrency, overload, unknown (429s that do not say), errors, slo, server, latency,
+    pipeline or client. `yaml` is what to put into `config/app.yaml`.
+    """
+
+    level: int | None
+    binds: str
+    reason: str
+    goodput: float | None = None
+    share_429: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def yaml(self) -> str:
+        """The settings that put the level in force."""
+        return "" if self.level is None else f"llm_queue_enabled: true\nllm_queue_concurrency: {self.level}\n"
+
+    def __str__(self) -> str:
+        head = "No level can be recommended." if self.level is None else f"Recommended: {self.level} calls at once."
+        parts = [head, self.reason, *self.notes]
+        return "\n".join(parts) + (f"\n\n{self.yaml}" if self.yaml else "")
+
+
+def recommend(points: Iterable[Point], bounds: Bounds) -> OperatingPoint:
+    """The operating point of a sweep. Pure."""
+    points = list(points)
+    measured = judged(points)
+    feasible = [p for p in measured if bounds.broken_by(p) is None]
+    if not measured:
+        return OperatingPoint(None, "unknown", "Nothing has been measured yet; let at least one level finish.")
+    if not feasible:
+        return _refusal(measured, bounds)
+    best = max(p.goodput for p in feasible)
+    chosen = next(p for p in feasible if p.goodput >= GOOD_ENOUGH * best)
+    above = [p for p in measured if p.level > chosen.level]
+    binds, why = _what_binds(chosen, above, bounds)
+    reason = (
+        f"It brings {chosen.goodput:.3g} successful calls/s ({chosen.succeeded} in {chosen.window_seconds:.3g} s), "
+        f"{_of_best(chosen, best)}, with {chosen.share_429:.1%} refusals "
+        f"(95 % interval {chosen.share_429_low:.1%} to {chosen.share_429_high:.1%}). {why}"
+    )
+    return OperatingPoint(
+        chosen.level, binds, reason, chosen.goodput, chosen.share_429, tuple(_notes(chosen, points, bounds))
+    )
+
+
+def judged(points: Iterable[Point]) -> list[Point]:
+    """One point a level, in order of level: of several the one that was measured longest; none taken for drift."""
+    longest: dict[int, Point] = {}
+    for point in points:
+        if point.purpose != "drift" and point.window_seconds >= getattr(
+            longest.get(point.level), "window_seconds", 0.0
+        ):
+            longest[point.level] = point
+    return [longest[level] for level in sorted(longest)]
+
+
+def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | None:
+    """The recommended level and for how many seconds to measure it again, or None. Pure.
+
+    Next to a level that is refused, a short clean window proves little: a rate limit may show only after a while.
+    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %).
+    """
+    points = list(points)
+    answer = recommend(points, bounds)
+    chosen = next((p for p in judged(points) if p.level == answer.level), None)
+    if chosen is None or answer.binds not in REFUSALS or chosen.purpose == "confirm":
+        return None
+    if chosen.share_429_high <= bounds.max_429_ratio or chosen.attempt_rate <= 0:
+        return None
+    return chosen.level, min(ATTEMPTS_TO_CONFIRM / chosen.attempt_rate, MOST_LONGER * chosen.window_seconds)
+
+
+def next_level(points: Iterable[Point], bounds: Bounds) -> int | None:
+    """The integer between measured levels that would sharpen the recommendation most, or None. Pure.
+
+    Bisects between the recommended level and the next one that is refused, then, where goodput grows less than in
+    proportion, between the recommended level and the one below.
+    """
+    points = list(points)
+    chosen = recommend(points, bounds).level
+    measured = {p.level: p for p in judged(points)}
+    if chosen is None:
+        return None
+    above = min((p.level for p in measured.values() if p.level > chosen), default=None)
+    if above is not None and above - chosen > _resolution(chosen) and _by_provider(measured[above], bounds):
+        return (chosen + above) // 2
+    below = max((p.level for p in measured.values() if p.level < chosen), default=None)
+    if below is not None and chosen - below > _resolution(chosen):
+        in_proportion = measured[chosen].goodput * below / chosen
+        if measured[below].goodput > 1.1 * in_proportion:
+            return (chosen + below) // 2
+    return None
+
+
+def drift(points: Iterable[Point]) -> float | None:
+    """Relative change of goodput between a level's first and its repeated measurement; None without one."""
+    points = list(points)
+    for again in (p for p in points if p.purpose == "drift"):
+        first = next((p for p in points if p.level == again.level and p.purpose == "level"), None)
+        if first is not None and first.goodput > 0:
+            return again.goodput / first.goodput - 1.0
+    return None
+
+
+def _resolution(level: int) -> int:
+    """How far apart two levels may stay: 1, or an eighth."""
+    return max(1, level // 8)
+
+
+def _by_provider(point: Point, bounds: Bounds) -> bool:
+    """Whether a level is infeasible for what the provider did, so that the edge lies below it."""
+    broken = bounds.broken_by(point)
+    return broken is not None and broken != f"{point.limited_by}-limited"
+
+
+def _of_best(chosen: Point, best: float) -> str:
+    return "the most of all feasible levels" if chosen.goodput >= best else f"{chosen.goodput / best:.0%} of the best"
+
+
+def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[str, str]:
+    if not above:
+        return "latency", (
+            f"More would bring more: it is the highest level measured. Raise the levels beyond {chosen.level}."
+        )
+    following = above[0]
+    refused = next((p for p in above if p.share_429 > bounds.max_429_ratio), None)
+    if refused is not None and refused is following:
+        kind = refused.refused_by or "unknown"
+        return kind, f"The provider's limit on {_in_words(kind)} binds: {_refused_at(refused)}."
+    if following.limited_by == "client":
+        return "client", (
+            f"At {following.level} this client itself was the limit ({_client_evidence(following)}); what the provider "
+            "would do there is not known."
+        )
+    if following.limited_by == "pipeline":
+        return "pipeline", (
+            f"At {following.level} the pipeline kept only {following.in_flight:.1f} calls in flight: give it more "
+            "items, or raise `concurrency`, to use more."
+        )
+    if bounds.slo_p95 is not None and (following.service_p95 or 0) > bounds.slo_p95:
+        return "slo", f"At {following.level} the p95 of {following.service_p95:.3g} s breaks the bound."
+    if following.error_share > bounds.max_error_ratio:
+        return "errors", f"At {following.level} {following.error_share:.1%} of the calls fail in the end."
+    slower = (following.service_mean or 0) / (chosen.service_mean or 1)
+    text = (
+        f"The provider is saturated: at {following.level} the mean service time is {slower:.2f} times as long and "
+        f"brings {following.goodput / chosen.goodput - 1:+.0%} calls."
+    )
+    if refused is not None:
+        text += f" Higher up it refuses: {_refused_at(refused)}."
+    return "server", text
+
+
+def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
+    causes = "; ".join(f"at {p.level}: {bounds.broken_by(p)}" for p in measured)
+    lowest = measured[0]
+    if lowest.limited_by == "client":
+        return OperatingPoint(
+            None, "client", f"This client was the limit at every level ({causes}). Measure on a quieter machine."
+        )
+    if lowest.limited_by == "pipeline":
+        return OperatingPoint(
+            None, "pipeline", f"There was too little to do at every level ({causes}). Give more items."
+        )
+    binds = lowest.refused_by or "errors"
+    advice = (
+        "Even the lowest level is refused: wait until the limit has recovered, or ask for a higher one."
+        if lowest.refused
+        else "Look at the errors first: calls fail at every level."
+    )
+    return OperatingPoint(None, binds, f"No level keeps the bounds ({causes}). {advice}")
+
+
+def _notes(chosen: Point, points: Iterable[Point], bounds: Bounds) -> Iterable[str]:
+    if chosen.succeeded < SAMPLES_FOR_P95:
+        yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer with --seconds."
+    if chosen.share_429_high > bounds.max_429_ratio:
+        yield (
+            f"{chosen.attempts} attempts cannot prove a 429 share under {bounds.max_429_ratio:.0%}; measure longer to "
+            "be sure."
+        )
+    changed = drift(points)
+    if changed is not None and abs(changed) > 0.1:
+        yield f"The provider drifted: the first level, measured again last, brought {changed:+.0%} calls."
+
+
+def _refused_at(point: Point) -> str:
+    return f"at {point.level} it turns {point.share_429:.0%} of the attempts away"
+
+
+def _client_evidence(point: Point) -> str:
+    cpu = "" if point.cpu_share is None else f"{point.cpu_share:.0%} of a core"
+    lag = "" if point.loop_lag_p99 is None else f"event-loop lag p99 {point.loop_lag_p99 * 1000:.0f} ms"
+    return ", ".join(part for part in (cpu, lag) if part)
+
+
+def _in_words(kind: str) -> str:
+    words = {"requests": "requests per minute", "tokens": "tokens per minute", "concurrency": "calls at once"}
+    return words.get(kind, "something it does not name" if kind == "unknown" else kind)
