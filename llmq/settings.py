@@ -41,6 +41,11 @@ def _not_a_bool(value: object) -> object:
     return value
 
 
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 Count = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1)]
 
 
@@ -79,7 +84,7 @@ class Settings(BaseSettings):
     simulate: ProviderSpec = Field(
         ProviderSpec(), description="Behaviour of the simulated provider; every key in `llmq provider --help`."
     )
-    cache_mode: Literal["off", "read", "refresh", "write"] = Field(
+    cache_mode: Annotated[Literal["off", "read", "refresh", "write"], BeforeValidator(_yaml_off)] = Field(
         "off",
         description="Answer cache. read: use it. write: use it and add to it. refresh: ask anew and overwrite.",
     )

@@ -82,6 +82,7 @@ def measure(
     attempts = [a for a in records.attempts if _ended_inside(a, window) and a.outcome != "cancelled"]
     operations = [o for o in records.operations if _ended_inside(o, window) and o.outcome != "cancelled"]
     seconds = window.end - window.start
+    a_second = 1.0 / seconds if seconds > 0 else 0.0  # the work may have ended before the window began
     service = [a.service_seconds for a in attempts if a.outcome == "ok" and a.service_seconds is not None]
     waits = [o.wait_seconds for o in operations]
     refusals = [a for a in attempts if a.outcome == "rejected"]
@@ -98,14 +99,14 @@ def measure(
         attempts=len(attempts),
         refused=len(refusals),
         failed=failed,
-        goodput=len(service) / seconds,
-        attempt_rate=len(attempts) / seconds,
+        goodput=len(service) * a_second,
+        attempt_rate=len(attempts) * a_second,
         share_429=len(refusals) / len(attempts) if attempts else 0.0,
         share_429_low=low,
         share_429_high=high,
         error_share=failed / len(operations) if operations else 0.0,
         refused_by=_most_common([a.limit_type or "unknown" for a in refusals]),
-        in_flight=overlap_seconds(spans, window.start, window.end) / seconds,
+        in_flight=overlap_seconds(spans, window.start, window.end) * a_second,
         service_mean=sum(service) / len(service) if service else None,
         service_p50=percentile(service, 0.5),
         service_p95=percentile(service, 0.95),

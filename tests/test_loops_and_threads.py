@@ -1,0 +1,231 @@
+"""One queue over several event loops, repeated runs, trio and threads. Real time, generous bounds."""
+
+import asyncio
+import functools
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio
+import pytest
+import trio
+
+from llmq import LLMQueue
+from llmq.core import Outcome
+from llmq.errors import QueueTimeout
+
+PATIENCE = 30
+
+
+class Gauge:
+    """How many are inside at once, over all threads; the most is `peak`."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.now = self.peak = self.total = 0
+
+    def __enter__(self):
+        with self.lock:
+            self.now += 1
+            self.total += 1
+            self.peak = max(self.peak, self.now)
+
+    def __exit__(self, *exc):
+        with self.lock:
+            self.now -= 1
+
+
+def assert_idle(queue):
+    queue._scheduler.check()
+    assert (queue.statistics().in_flight, queue.statistics().waiting, queue.open_operations) == (0, 0, 0)
+
+
+async def many(queue, gauge, count):
+    async def call():
+        with gauge:
+            await anyio.sleep(0.002)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(count):
+            group.start_soon(queue.submit, call)
+
+
+def test_run_after_run_contended_each_time():
+    queue, gauge = LLMQueue(2, telemetry=None), Gauge()
+    for _ in range(3):
+        asyncio.run(many(queue, gauge, 20))
+    assert (gauge.total, gauge.peak) == (60, 2)
+    assert_idle(queue)
+
+
+def test_loops_trio_and_threads_at_once_under_one_cap():
+    queue, gauge = LLMQueue(3, telemetry=None), Gauge()
+    barrier = threading.Barrier(6)
+
+    def in_asyncio():
+        barrier.wait(PATIENCE)
+        asyncio.run(many(queue, gauge, 60))
+
+    def in_trio():
+        barrier.wait(PATIENCE)
+        trio.run(many, queue, gauge, 60)
+
+    def blocking():
+        barrier.wait(PATIENCE)
+
+        def call(number):
+            with gauge:
+                threading.Event().wait(0.002)
+                return number
+
+        return [queue.submit_sync(call, number) for number in range(30)]
+
+    with ThreadPoolExecutor(6) as pool:
+        futures = [pool.submit(f) for f in (in_asyncio, in_asyncio, in_trio, in_trio, blocking, blocking)]
+        results = [future.result(PATIENCE) for future in futures]
+    assert results[4] == list(range(30))
+    assert gauge.total == 4 * 60 + 2 * 30
+    assert gauge.peak == 3
+    assert_idle(queue)
+
+
+def test_a_slot_taken_in_one_thread_is_ended_in_another():
+    queue = LLMQueue(1, telemetry=None)
+
+    async def take():
+        return await queue.slot().__aenter__()
+
+    slot = asyncio.run(take())
+    assert queue.statistics().in_flight == 1
+    waited = []
+    waiting = threading.Thread(target=lambda: waited.append(queue.submit_sync(lambda: "ran")))
+    waiting.start()
+    releasing = threading.Thread(target=slot.release)
+    releasing.start()
+    waiting.join(PATIENCE)
+    releasing.join(PATIENCE)
+    assert waited == ["ran"]
+    assert_idle(queue)
+
+
+def test_a_closed_loop_gives_its_slots_back_to_the_next_caller_who_waits():
+    queue = LLMQueue(1, telemetry=None)
+    loop = asyncio.new_event_loop()
+
+    async def hold_for_ever():
+        await asyncio.sleep(PATIENCE)
+
+    kept = loop.create_task(queue.submit(hold_for_ever))
+    loop.run_until_complete(asyncio.sleep(0))
+    assert queue.statistics().in_flight == 1
+    loop.close()  # with the task still in it, which `kept` keeps from being collected
+
+    async def call():
+        return "ran"
+
+    async def patiently():
+        async with asyncio.timeout(PATIENCE):
+            return await queue.submit(call)
+
+    assert asyncio.run(patiently()) == "ran"
+    kept._log_destroy_pending = False
+    kept.get_coro().close()  # its late end changes nothing
+    assert_idle(queue)
+
+
+def test_a_closed_loop_gives_its_places_in_the_queue_back():
+    queue = LLMQueue(1, telemetry=None)
+    loop = asyncio.new_event_loop()
+    slot = asyncio.run(queue.slot().__aenter__())
+    kept = [loop.create_task(queue.submit(functools.partial(asyncio.sleep, 0))) for _ in range(3)]
+    loop.run_until_complete(asyncio.sleep(0))
+    assert queue.statistics().waiting == 3
+    loop.close()
+    slot.release()  # wakes a waiter that is gone, and the next, and the next
+    for task in kept:
+        task._log_destroy_pending = False
+        task.get_coro().close()
+    assert_idle(queue)
+    assert queue.statistics().ended[Outcome.IGNORED] == 3
+
+
+def test_a_collected_task_gives_its_slot_back():
+    queue = LLMQueue(1, telemetry=None)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(queue.submit(functools.partial(asyncio.sleep, PATIENCE)))
+    loop.run_until_complete(asyncio.sleep(0))
+    assert queue.statistics().in_flight == 1
+    task._log_destroy_pending = False
+    loop.close()
+    del task, loop
+    gc.collect()
+    assert_idle(queue)
+
+
+def test_a_thread_gives_up_after_the_queue_timeout():
+    queue = LLMQueue(1, queue_timeout=0.05, telemetry=None)
+    asyncio.run(queue.slot().__aenter__())  # collected at once, so take one that stays
+    slot = asyncio.run(queue.slot().__aenter__())
+    with pytest.raises(QueueTimeout, match=r"queue_timeout=0.05 s"):
+        queue.submit_sync(print)
+    slot.release()
+    assert queue.submit_sync(str.upper, "ran") == "RAN"
+    with pytest.raises(ZeroDivisionError):
+        queue.submit_sync(lambda: 1 / 0)
+    assert [o.outcome for o in queue.records().operations] == ["cancelled", "timeout", "ok", "ok", "error"]
+    assert_idle(queue)
+
+
+def test_drain_from_another_loop_waits_for_all_of_them():
+    queue, gauge = LLMQueue(2, telemetry=None), Gauge()
+    started = threading.Event()
+
+    def work():
+        async def main():
+            started.set()
+            await many(queue, gauge, 50)
+
+        asyncio.run(main())
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        assert started.wait(PATIENCE)
+        while not queue.open_operations and not done.done():
+            threading.Event().wait(0.001)
+        try:
+            trio.run(queue.drain, PATIENCE)
+        finally:
+            queue.resume()
+        assert queue.open_operations in range(51)
+        done.result(PATIENCE)
+    assert_idle(queue)
+
+
+def test_random_cancellations_over_four_threads_lose_nothing():
+    queue, gauge = LLMQueue(4, telemetry=None), Gauge()
+
+    def in_loop(seed):
+        async def one(number):
+            async def call():
+                with gauge:
+                    await asyncio.sleep(0.0005 * (number % 4))
+
+            try:
+                async with asyncio.timeout(0.0007 * (number % 9 + 1)):
+                    await queue.submit(call)
+            except TimeoutError:
+                pass
+
+        async def main():
+            await asyncio.gather(*[one(seed + number) for number in range(300)])
+
+        asyncio.run(main())
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(in_loop, seed) for seed in range(4)]:
+            future.result(PATIENCE)
+    assert gauge.peak <= 4
+    assert_idle(queue)
+    outcomes = [o.outcome for o in queue.records().operations]
+    assert len(outcomes) == 1200
+    assert set(outcomes) <= {"ok", "cancelled"}

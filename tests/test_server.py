@@ -1,0 +1,189 @@
+"""The HTTP provider, and the client for any OpenAI-compatible endpoint, over loopback. Real time."""
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from contextlib import asynccontextmanager
+
+import openai
+import pytest
+
+from llmq import LLMQueue, Retry, classify
+from llmq.errors import AnswerError, ConfigError
+from llmq.providers.chat import ChatRequest
+from llmq.providers.openai_client import OpenAICompatibleClient
+from llmq.retry import Kind
+from tests.servers import server
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+def ask(text="hello", **more):
+    return ChatRequest("m", [{"role": "user", "content": text}], **more)
+
+
+@asynccontextmanager
+async def client_of(found):
+    client = OpenAICompatibleClient(found.url)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def test_an_answer_with_usage_labels_and_schema():
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 7, "maximum": 7}}, "required": ["n"]}
+    with server(latency_seconds=0.01) as found:
+        async with client_of(found) as client:
+            answer = await client.complete(ask("q", schema=schema, stage="draft", service_id="Zürich"))
+        assert json.loads(answer.content) == {"n": 7}
+        assert answer.prompt_tokens >= 1
+        assert answer.completion_tokens >= 1
+        (call,) = found.stats(calls=True)["calls"]
+    assert (call["stage"], call["service_id"], call["status"], call["attempt"]) == ("draft", "Z\\xfcrich", 200, 1)
+
+
+async def test_a_reader_own_sdk_client_streams_and_the_slot_lasts_as_long():
+    queue = LLMQueue(1, telemetry=None)
+    with server(latency_seconds=0.05) as found:
+        async with openai.AsyncOpenAI(base_url=found.url, api_key="none", max_retries=0) as client:
+            message = [{"role": "user", "content": "tell"}]
+            plain = await client.chat.completions.create(model="m", messages=message)
+            async with queue.slot():
+                stream = await client.chat.completions.create(model="m", messages=message, stream=True)
+                text = ""
+                async for chunk in stream:
+                    assert queue.statistics().in_flight == 1
+                    text += chunk.choices[0].delta.content or ""
+            assert [m.id async for m in client.models.list()] == ["simulated-1"]
+    assert text == plain.choices[0].message.content
+    assert queue.statistics().in_flight == 0
+
+
+async def test_a_refusal_says_what_openai_would_say():
+    with server(requests_per_minute=60, bucket_seconds=1, latency_seconds=0.01) as found:
+        async with client_of(found) as client:
+            await client.complete(ask("a"))
+            with pytest.raises(openai.RateLimitError) as caught:
+                await client.complete(ask("b"))
+    verdict = classify(caught.value)
+    assert (verdict.kind, verdict.limit_type, verdict.status_code) == (Kind.RATE, "requests", 429)
+    assert 0 < verdict.retry_after_seconds <= 1.001
+    headers = caught.value.response.headers
+    assert headers["retry-after"] == "1"
+    assert headers["x-ratelimit-limit-requests"] == "60"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_the_sdk_own_retries_are_off():
+    with server(error_ratio=1, latency_seconds=0.01) as found:
+        async with client_of(found) as client:
+            with pytest.raises(openai.InternalServerError):
+                await client.complete(ask())
+        assert found.stats()["requests"] == 1
+
+
+@pytest.mark.parametrize("fault", ["cut_ratio", "error_ratio"])
+async def test_faults_are_retried_by_the_queue_until_they_pass(fault):
+    with server(**{fault: 0.5}, latency_seconds=0.01, seed=3) as found:
+        queue = LLMQueue(4, telemetry=None)
+        async with client_of(found) as client:
+            answers = await asyncio.gather(
+                *[
+                    queue.submit(lambda n=n: client.complete(ask(f"q{n}")), retry=Retry(20, base=0.01, cap=0.02))
+                    for n in range(12)
+                ]
+            )
+        assert len({a.content for a in answers}) == 12
+        assert found.stats()["requests"] == len(queue.records().attempts) > 12
+
+
+async def test_a_malformed_answer_comes_through_as_it_is():
+    with server(malformed_ratio=1, latency_seconds=0.01) as found:
+        async with client_of(found) as client:
+            answer = await client.complete(ask("q", schema={"type": "object", "properties": {"a": {"type": "string"}}}))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(answer.content)
+
+
+async def test_a_hang_ends_with_the_request_timeout_and_the_server_notices():
+    with server(timeout_ratio=1) as found:
+        queue = LLMQueue(1, request_timeout=0.3, telemetry=None)
+        async with client_of(found) as client:
+            with pytest.raises(TimeoutError, match=r"request_timeout=0\.3"):
+                await queue.submit(lambda: client.complete(ask()))
+            assert queue.statistics().in_flight == 0
+            for _ in range(200):
+                if found.stats()["in_flight"] == 0:
+                    break
+                await asyncio.sleep(0.05)
+        assert found.stats()["by_status"] == {"0": 1}
+
+
+async def test_64_calls_at_once_are_64_at_the_server():
+    with server(latency_seconds=0.5, sigma=0) as found:
+        queue = LLMQueue(64, telemetry=None)
+        async with client_of(found) as client:
+            async with queue.map(lambda n: client.complete(ask(str(n))), range(192)) as outcomes:
+                assert all([o.error is None async for o in outcomes])
+        assert found.stats()["peak_in_flight"] == 64
+
+
+async def test_what_is_no_request_is_told_so():
+    with server() as found:
+        request = urllib.request.Request(f"{found.url}/chat/completions", b"{}", {"content-type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        with caught.value as answer:
+            assert answer.code == 400
+            assert "cannot read the request" in json.load(answer)["error"]["message"]
+
+
+async def test_an_answer_without_text_is_an_error(monkeypatch):
+    with server(latency_seconds=0.01) as found:
+        async with client_of(found) as client:
+
+            async def without_text(**_):
+                return openai.types.chat.ChatCompletion.model_construct(choices=[], usage=None)
+
+            monkeypatch.setattr(client._client.chat.completions, "create", without_text)
+            with pytest.raises(AnswerError, match="no text"):
+                await client.complete(ask())
+
+
+async def test_a_key_is_needed_anywhere_but_on_loopback_and_is_named(monkeypatch):
+    with pytest.raises(ConfigError, match="environment variable MY_KEY is not set"):
+        OpenAICompatibleClient("https://api.example.com/v1", api_key_env="MY_KEY")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        OpenAICompatibleClient()
+    monkeypatch.setenv("MY_KEY", "sk-planted")
+    remote = OpenAICompatibleClient("https://api.example.com/v1", api_key_env="MY_KEY")
+    assert not remote.is_loopback
+    local = OpenAICompatibleClient("http://127.0.0.1:1/v1", api_key_env="MY_KEY")
+    assert local.is_loopback
+    assert local._client.api_key != "sk-planted", "a real key never goes to a local server"
+    for client in (remote, local):
+        await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://localhost:1/v1", True),
+        ("http://[::1]:1/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("https://localhost.example.com/v1", False),
+        ("https://10.0.0.1/v1", False),
+    ],
+)
+async def test_loopback_is_told_from_the_address(monkeypatch, url, loopback):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    client = OpenAICompatibleClient(url)
+    assert client.is_loopback is loopback
+    await client.aclose()
