@@ -24,7 +24,18 @@ def records(path):
     return [line for _, line in read_lines(Path(path))]
 
 
-async def generate(out, *, enabled=False, limit=8, spec=None, services=None, resume=False, provider=None, generator="plateaus", **settings):
+async def generate(
+    out,
+    *,
+    enabled=False,
+    limit=8,
+    spec=None,
+    services=None,
+    resume=False,
+    provider=None,
+    generator="plateaus",
+    **settings,
+):
     RuntimeEnv.reset()
     chosen = Settings(llm_queue_enabled=enabled, llm_queue_concurrency=limit, retry_base_seconds=0.1, **settings)
     RuntimeEnv.initialize(chosen)
@@ -114,7 +125,10 @@ async def test_a_quarantine_line_tells_why_and_nothing_private():
 async def test_flag_on_a_mapping_starts_before_a_slow_unrelated_features_ends_and_flag_off_never():
     for enabled in (False, True):
         _, provider = await generate(
-            f"{enabled}.jsonl", enabled=enabled, spec={"slow_stages": {"features_2": 20}}, services=sample_services()[:1]
+            f"{enabled}.jsonl",
+            enabled=enabled,
+            spec={"slow_stages": {"features_2": 20}},
+            services=sample_services()[:1],
         )
         at = {c["stage"]: c for c in provider.stats(calls=True)["calls"]}
         early = at["mapping_1_data"]["started_at"] < at["features_2"]["ended_at"]
@@ -253,7 +267,9 @@ async def test_a_session_alone_asks_for_text():
 
 async def test_a_session_validates_what_it_gets():
     client = Scripted('{"service_id": "S1", "name": ""}')
-    with pytest.raises(AnswerError, match=r"chat: the answer is not what was asked for: name: String should have at least"):
+    with pytest.raises(
+        AnswerError, match=r"chat: the answer is not what was asked for: name: String should have at least"
+    ):
         await ConversationSession(client, "chat", SessionContext("s")).ask_async("hello", Service)
 
 
@@ -272,7 +288,10 @@ async def test_with_no_mapping_id_invented():
 def test_jsonl_lines_are_refused_with_file_and_number(tmp_path):
     path = tmp_path / "services.jsonl"
     for text, message in [
-        ('{"service_id": "a", "name": "A"}\n{"service_id": "a", "name": "B"}\n', "line 2: service_id 'a' is already on line 1"),
+        (
+            '{"service_id": "a", "name": "A"}\n{"service_id": "a", "name": "B"}\n',
+            "line 2: service_id 'a' is already on line 1",
+        ),
         ('{"service_id": "a", "name": "A"}\n\nnot json\n', "line 3: not JSON"),
         ('["a"]\n', "line 1: expected an object, got list"),
         ('{"service_id": "a"}\n', "line 1: name: Field required"),

@@ -114,7 +114,9 @@ async def test_an_error_ends_its_item_and_no_other(limit):
 
     queue = None if limit is None else queue_of(limit)
     found = await collect(Pipeline([first, second]), range(5), queue)
-    assert {o.item: repr(o.error) for o in found} == {n: "ValueError('bad item')" if n == 2 else "None" for n in range(5)}
+    assert {o.item: repr(o.error) for o in found} == {
+        n: "ValueError('bad item')" if n == 2 else "None" for n in range(5)
+    }
     if queue:
         assert queue.open_operations == 0
 

@@ -102,7 +102,9 @@ def test_imports_run_downwards_only():
             continue
         mine = layer_of(name)
         assert mine is not None, f"{name} stands in no layer"
-        wrong += [f"{name} imports {other}" for other in imports(path) if layer_of(other) is None or layer_of(other) > mine]
+        wrong += [
+            f"{name} imports {other}" for other in imports(path) if layer_of(other) is None or layer_of(other) > mine
+        ]
     assert wrong == []
 
 

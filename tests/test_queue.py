@@ -270,7 +270,11 @@ async def test_retry_holds_no_slot_and_is_one_operation_of_many_attempts(monkeyp
     (operation,) = [o for o in queue.records().operations if o.attempts > 1]
     assert (operation.attempts, operation.outcome) == (3, "ok")
     attempts = [a for a in queue.records().attempts if a.operation_id == operation.operation_id]
-    assert [(a.attempt, a.outcome, a.status_code) for a in attempts] == [(1, "error", 500), (2, "error", 500), (3, "ok", None)]
+    assert [(a.attempt, a.outcome, a.status_code) for a in attempts] == [
+        (1, "error", 500),
+        (2, "error", 500),
+        (3, "ok", None),
+    ]
     assert_idle(queue)
 
 

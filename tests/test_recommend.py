@@ -112,7 +112,15 @@ def test_a_short_clean_window_next_to_a_refused_one_is_confirmed_once():
 def record(kind, ended_at, *, started_at=None, outcome="ok", **more):
     common = {"operation_id": 1, "stage": None, "model_name": None, "service_id": None, "request_id": None}
     if kind is AttemptRecord:
-        return AttemptRecord(**common, attempt=1, submitted_at=started_at, started_at=started_at, ended_at=ended_at, outcome=outcome, **more)
+        return AttemptRecord(
+            **common,
+            attempt=1,
+            submitted_at=started_at,
+            started_at=started_at,
+            ended_at=ended_at,
+            outcome=outcome,
+            **more,
+        )
     return OperationRecord(**common, submitted_at=0.0, ended_at=ended_at, attempts=1, wait_seconds=0.5, outcome=outcome)
 
 
@@ -125,7 +133,11 @@ def test_a_point_counts_what_ended_in_its_window():
         record(AttemptRecord, 13.0, started_at=12.0, outcome="error"),
         record(AttemptRecord, 21.0, started_at=18.0, outcome="cancelled"),  # at the end of the window
     ]
-    operations = [record(OperationRecord, 11.0), record(OperationRecord, 13.0, outcome="error"), record(OperationRecord, 25.0)]
+    operations = [
+        record(OperationRecord, 11.0),
+        record(OperationRecord, 13.0, outcome="error"),
+        record(OperationRecord, 25.0),
+    ]
     found = measure(2, Records(RecordList(operations), RecordList(attempts)), Window(10.0, 20.0, 3.0))
     assert (found.succeeded, found.attempts, found.refused, found.failed) == (2, 4, 1, 1)
     assert (found.goodput, found.attempt_rate) == (0.2, 0.4)

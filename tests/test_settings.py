@@ -70,7 +70,10 @@ def test_an_empty_file_is_fine():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\nllm_queue_enabld: true", r"config/app\.yaml, line 2: unknown key llm_queue_enabld \(did you mean llm_queue_en"),
+        (
+            "\nllm_queue_enabld: true",
+            r"config/app\.yaml, line 2: unknown key llm_queue_enabld \(did you mean llm_queue_en",
+        ),
         ("- a\n- b", "expected `key: value`"),
         ("a: [", "is not YAML"),
         ("concurrency: 1\nconcurrency: 2", "line 2: the key concurrency is there twice"),
@@ -94,7 +97,11 @@ def test_bad_yaml_is_refused_with_file_and_key(text, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("SA_LLM_QUEUE_ENABLD", "true", "unknown environment variable SA_LLM_QUEUE_ENABLD .did you mean SA_LLM_QUEUE_ENABLED"),
+        (
+            "SA_LLM_QUEUE_ENABLD",
+            "true",
+            "unknown environment variable SA_LLM_QUEUE_ENABLD .did you mean SA_LLM_QUEUE_ENABLED",
+        ),
         ("SA_LLM_QUEUE_ENABLED", "maybe", r"llm_queue_enabled \(environment SA_LLM_QUEUE_ENABLED\): .*'maybe'"),
         ("SA_LLM_QUEUE_CONCURRENCY", "0", r"llm_queue_concurrency \(environment SA_LLM_QUEUE_CONCURRENCY\)"),
         ("SA_SIMULATE", "{not json", "environment: .*simulate.*JSON"),

@@ -62,10 +62,10 @@ async def test_a_request_rate_is_found_with_its_level(seed):
 
 
 async def test_a_token_rate_is_told_from_a_request_rate():
-    spec = {"latency_seconds": 1, "tokens_per_minute": 30_000, "answer_tokens": 60, "sigma": 0.1}
+    spec = {"latency_seconds": 1, "tokens_per_minute": 30_000, "bucket_seconds": 10, "sigma": 0.1}
     answer = (await sweep_of(spec, [1, 2, 4, 8], seconds=60)).recommend()
     assert answer.binds == "tokens"
-    assert answer.level is not None
+    assert answer.level in (4, 5)
 
 
 async def test_a_concurrency_limit_is_found_exactly():
@@ -86,6 +86,7 @@ async def test_without_a_limit_more_would_bring_more():
     answer = (await sweep_of({"latency_seconds": 1}, [1, 2, 4])).recommend()
     assert (answer.level, answer.binds) == (4, "latency")
     assert "Raise the levels beyond 4" in answer.reason
+    assert "a limit per minute with a deep bucket" in str(answer)
 
 
 async def test_a_bound_on_p95_is_kept():
@@ -224,7 +225,8 @@ async def test_errors_of_the_provider_keep_a_level_from_being_recommended():
 
 
 async def test_frame_table_and_picture():
-    found = await sweep_of({"latency_seconds": 1, "requests_per_minute": 300}, title="demo")
+    spec = {"latency_seconds": 1, "requests_per_minute": 300, "bucket_seconds": 5}
+    found = await sweep_of(spec, [2, 4, 8], title="demo")
     frame = found.frame
     assert list(frame["level"]) == sorted(frame["level"])
     assert frame["goodput"].max() > 4

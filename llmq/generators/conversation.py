@@ -84,7 +84,8 @@ class Transcript:
 
 @dataclass(frozen=True)
 class SessionContext:
-    """What the calls of one service share. `rank` puts older services first; `sending` hears of each paid call."""
+    """What the calls of one service share. `rank` puts older services first; `sending` hears of each call just
+    before it is sent, once however often it is retried."""
 
     service_id: str | None = None
     model: str = "simulated-1"
@@ -136,10 +137,13 @@ class ConversationSession:
 
     async def _send(self, request: ChatRequest) -> ChatAnswer:
         context = self._context
-        if context.sending is not None:
-            context.sending(self._stage)
+        unsent = True
 
         async def call() -> ChatAnswer:
+            nonlocal unsent
+            if unsent and context.sending is not None:
+                context.sending(self._stage)
+            unsent = False
             return await self._client.complete(request)
 
         queue = active_queue()

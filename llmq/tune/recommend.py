@@ -219,13 +219,20 @@ def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
     return OperatingPoint(None, binds, f"No level keeps the bounds ({causes}). {advice}")
 
 
-def _notes(chosen: Point, points: Iterable[Point], bounds: Bounds) -> Iterable[str]:
+def _notes(chosen: Point, points: Sequence[Point], bounds: Bounds) -> Iterable[str]:
     if chosen.succeeded < SAMPLES_FOR_P95:
         yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer with --seconds."
     if chosen.share_429_high > bounds.max_429_ratio:
         yield (
             f"{chosen.attempts} attempts cannot prove a 429 share under {bounds.max_429_ratio:.0%}; measure longer to "
             "be sure."
+        )
+    judged_points = judged(points)
+    if not any(p.refused for p in judged_points):
+        most = max(judged_points, key=lambda p: p.attempts)
+        yield (
+            f"Nothing was refused, in at most {most.attempts} calls within {most.window_seconds:.3g} s: a limit per "
+            "minute with a deep bucket would show only after more."
         )
     changed = drift(points)
     if changed is not None and abs(changed) > 0.1:
