@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -135,7 +136,7 @@ async def test_flag_on_a_mapping_starts_before_a_slow_unrelated_features_ends_an
         assert early is enabled or at["mapping_1_data"]["started_at"] < at["features_2"]["started_at"]
         if not enabled:
             spans = sorted((c["started_at"], c["ended_at"]) for c in at.values())
-            assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)), "one at a time"
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "one at a time"
 
 
 async def test_the_makespan_is_what_the_cap_allows():

@@ -1,4 +1,4 @@
-"""The command `llmq run` against a real HTTP provider. What the issue of the first release promised, on real records."""
+"""The command `llmq run` against a real HTTP provider."""
 
 import json
 import os

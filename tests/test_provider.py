@@ -55,7 +55,10 @@ SCHEMAS = [
     {"anyOf": [{"type": "null"}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]},
     {"$ref": "#/$defs/tree", "$defs": {"tree": {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 5}, "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 5},
+            "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
+        },
         "required": ["name"],
     }}},
     {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"type": "boolean"}}, "required": ["b"]}]},

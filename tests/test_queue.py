@@ -536,7 +536,7 @@ async def test_an_error_of_the_items_comes_after_what_was_pulled():
     async with queue.map(lambda n: calls(1.0, n), items()) as outcomes:
         with pytest.raises(OSError, match="disk"):
             async for outcome in outcomes:
-                seen.append(outcome.result)
+                seen += [outcome.result]
     assert sorted(seen) == [1, 2]
 
 

@@ -17,12 +17,32 @@ def point(level, goodput, **more):
     refused = more.pop("refused", 0)
     low, high = wilson(refused, attempts)
     found = Point(
-        level=level, order=0, purpose="level", window_seconds=10.0, warm_up_seconds=1.0, succeeded=attempts - refused,
-        attempts=attempts, refused=refused, failed=0, goodput=goodput, attempt_rate=goodput, share_429=refused / attempts,
-        share_429_low=low, share_429_high=high, error_share=0.0, refused_by="requests" if refused else None,
-        in_flight=float(level), service_mean=1.0, service_p50=1.0, service_p95=1.5, wait_p50=0.0, wait_p95=0.0,
-        cpu_share=0.1, loop_lag_p99=0.001, limited_by=None,
-    )  # fmt: skip
+        level=level,
+        order=0,
+        purpose="level",
+        window_seconds=10.0,
+        warm_up_seconds=1.0,
+        succeeded=attempts - refused,
+        attempts=attempts,
+        refused=refused,
+        failed=0,
+        goodput=goodput,
+        attempt_rate=goodput,
+        share_429=refused / attempts,
+        share_429_low=low,
+        share_429_high=high,
+        error_share=0.0,
+        refused_by="requests" if refused else None,
+        in_flight=float(level),
+        service_mean=1.0,
+        service_p50=1.0,
+        service_p95=1.5,
+        wait_p50=0.0,
+        wait_p95=0.0,
+        cpu_share=0.1,
+        loop_lag_p99=0.001,
+        limited_by=None,
+    )
     return dataclasses.replace(found, **more)
 
 

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_the_example_names_every_key_with_its_default_and_a_comment():
     assert Settings(path).model_dump() == Settings().model_dump()
     assert set(shown["simulate"]) == set(type(Settings().simulate).model_fields)
     lines = [line.strip() for line in path.read_text().splitlines()]
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in itertools.pairwise(lines):
         if line and not line.startswith("#"):
             assert before.startswith("#"), f"{line!r} has no comment"
 
