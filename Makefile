@@ -27,8 +27,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,mean,rounds
 
 notebooks: $(READY)
-	cd notebooks && for source in [0-9]*.py; do \
-	  ../$(BIN)/jupytext --to ipynb --execute --output $${source%.py}.ipynb $$source || exit 1; done
+	$(BIN)/python notebooks/execute.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -211,6 +211,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     simulate: Simulate = None,
     spec_json: Annotated[str | None, typer.Option(hidden=True)] = None,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
 ) -> None:
     """Serve the simulated provider over HTTP, OpenAI-compatible, until interrupted."""
     with _told():
@@ -220,7 +221,7 @@ def serve(
         except ImportError as error:
             raise ConfigError(f"{error.name} is not installed: pip install 'llmq-toolkit[server]'") from None
         try:
-            serve_forever(spec, host, port)
+            serve_forever(spec, host, port, until_stdin_closes=until_stdin_closes)
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
@@ -319,15 +320,21 @@ async def _client(settings: Settings) -> AsyncIterator[ChatClient]:
 async def _tuned_client(settings: Settings, in_process: bool) -> AsyncIterator[tuple[ChatClient, str]]:
     """A client, and what to call its provider. A simulated one is served over HTTP unless told otherwise."""
     if settings.provider == "simulated" and not in_process:
-        from llmq.providers.server import serving
-
-        with serving(settings.simulate) as url:
-            served = settings.model_copy(update={"provider": "openai", "base_url": url})
+        with _served(settings.simulate) as server:
+            served = settings.model_copy(update={"provider": "openai", "base_url": server.url})
             async with _client(served) as client:
                 yield client, "the simulated provider over HTTP"
         return
     async with _client(settings) as client:
         yield client, "the simulated provider" if settings.provider == "simulated" else str(settings.base_url)
+
+
+def _served(spec: ProviderSpec) -> Any:
+    try:
+        from llmq.providers.server import ServedProvider
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'llmq-toolkit[server]'") from None
+    return ServedProvider(spec)
 
 
 def _pipeline(client: ChatClient, settings: Settings, single_calls: bool) -> Any:

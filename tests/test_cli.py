@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llmq.generators.services import sample_services
-from tests.servers import server
+from llmq.testing import serve_provider
 
 PATIENCE = 120
 
@@ -55,7 +55,7 @@ def test_tune_ends_in_a_table_a_picture_and_the_yaml_to_paste(how):
 
 
 def test_tune_against_a_given_endpoint_and_model_with_single_calls():
-    with server(latency_seconds=0.4) as found:
+    with serve_provider(latency_seconds=0.4) as found:
         done = llmq(
             "tune", "--base-url", found.url, "--model", "some-model", "--single-calls",
             "--seconds", "2.5", "--levels", "1,2", "--out", "found",
@@ -204,7 +204,7 @@ def test_help_of_the_provider_tells_every_behaviour():
 
 
 def test_a_port_that_is_taken_is_told():
-    with server() as found:
+    with serve_provider() as found:
         port = found.url.split(":")[2].split("/")[0]
         done = llmq("provider", "serve", "--port", port)
     assert done.returncode == 2
@@ -212,5 +212,5 @@ def test_a_port_that_is_taken_is_told():
 
 
 def test_the_server_listens_on_loopback_by_default():
-    with server() as found:
+    with serve_provider() as found:
         assert found.url.startswith("http://127.0.0.1:")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmq.generators.services import repeated, sample_services
-from tests.servers import server
+from llmq.testing import serve_provider
 
 PATIENCE = 300
 
@@ -61,7 +61,7 @@ def test_flag_off_and_on_send_the_same_calls_and_write_the_same_records():
     services = services_file(5)
     seen = []
     for enabled in (False, True):
-        with server(latency_seconds=0.02) as found:
+        with serve_provider(latency_seconds=0.02) as found:
             out = f"{enabled}.jsonl"
             run("--services", services, "--out", out, "--base-url", found.url, **(on(8) if enabled else {}))
             seen.append((by_id(out), bodies(found)))
@@ -75,7 +75,7 @@ def test_faults_quarantine_the_same_services_in_both():
     spec = {"latency_seconds": 0.01, "error_ratio": 0.02, "cut_ratio": 0.015, "malformed_ratio": 0.015, "seed": 11}
     seen = []
     for enabled in (False, True):
-        with server(**spec) as found:
+        with serve_provider(**spec) as found:
             out = f"{enabled}.jsonl"
             run("--services", services, "--out", out, "--base-url", found.url, check=1, **(on(8) if enabled else {}))
             seen.append((set(by_id(out)), {k: v["error_type"] for k, v in by_id(f"{out}.quarantine.jsonl").items()}))
@@ -88,7 +88,7 @@ def test_faults_quarantine_the_same_services_in_both():
 
 def test_40_services_at_8_fill_the_cap_exactly_and_no_more():
     services = services_file(40)
-    with server(latency_seconds=0.15) as found:
+    with serve_provider(latency_seconds=0.15) as found:
         run("--services", services, "--out", "out.jsonl", "--base-url", found.url, **on(8))
         stats = found.stats(calls=True)
     assert stats["peak_in_flight"] == 8
@@ -103,7 +103,7 @@ def test_40_services_at_8_fill_the_cap_exactly_and_no_more():
 @pytest.mark.parametrize("enabled", [False, True])
 def test_mappings_overtake_a_slow_stage_only_with_the_flag_on(enabled):
     services = services_file(3)
-    with server(latency_seconds=0.02, slow_stages={"features_2": 40}) as found:
+    with serve_provider(latency_seconds=0.02, slow_stages={"features_2": 40}) as found:
         run("--services", services, "--out", "out.jsonl", "--base-url", found.url, **(on(8) if enabled else {}))
         calls = found.stats(calls=True)["calls"]
     at = {(c["service_id"], c["stage"]): c for c in calls}
@@ -135,7 +135,7 @@ def test_killed_at_random_and_resumed_every_service_is_there_once():
     kills, count = 6, 60
     services = services_file(count)
     rng = random.Random(20)
-    with server(latency_seconds=0.05, malformed_ratio=0.002) as found:
+    with serve_provider(latency_seconds=0.05, malformed_ratio=0.002) as found:
         command = llmq_command("run", "--services", services, "--out", "out.jsonl", "--base-url", found.url, "--resume")
         killed = 0
         while killed < kills:
@@ -161,7 +161,7 @@ def test_killed_at_random_and_resumed_every_service_is_there_once():
 
 def test_interrupted_by_ctrl_c_it_says_how_to_go_on_and_leaves_valid_files():
     services = services_file(50)
-    with server(latency_seconds=0.05) as found:
+    with serve_provider(latency_seconds=0.05) as found:
         command = llmq_command("run", "--services", services, "--out", "out.jsonl", "--base-url", found.url)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while not Path("out.jsonl").exists() or not Path("out.jsonl").stat().st_size:

@@ -125,7 +125,9 @@ def test_a_short_clean_window_next_to_a_refused_one_is_confirmed_once():
     assert (level, seconds) == (8, 50.0)
     points.append(point(8, 8.0, attempts=400, window_seconds=50.0, purpose="confirm"))
     assert to_confirm(points, BOUNDS) is None
-    assert to_confirm(LINEAR, BOUNDS) is None, "no limit near"
+    assert to_confirm(LINEAR, BOUNDS) is None, "1,000 clean attempts are enough"
+    level, seconds = to_confirm([point(8, 80.0, attempts=80)], BOUNDS)
+    assert (level, seconds) == (8, 5.0), "also where nothing was refused yet"
     assert [p.purpose for p in judged(points)] == ["confirm", "level"]
 
 

@@ -14,7 +14,7 @@ from llmq.errors import AnswerError, ConfigError
 from llmq.providers.chat import ChatRequest
 from llmq.providers.openai_client import OpenAICompatibleClient
 from llmq.retry import Kind
-from tests.servers import server
+from llmq.testing import serve_provider
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ async def client_of(found):
 
 async def test_an_answer_with_usage_labels_and_schema():
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 7, "maximum": 7}}, "required": ["n"]}
-    with server(latency_seconds=0.01) as found:
+    with serve_provider(latency_seconds=0.01) as found:
         async with client_of(found) as client:
             answer = await client.complete(ask("q", schema=schema, stage="draft", service_id="Zürich"))
         assert json.loads(answer.content) == {"n": 7}
@@ -51,7 +51,7 @@ async def test_an_answer_with_usage_labels_and_schema():
 
 async def test_a_reader_own_sdk_client_streams_and_the_slot_lasts_as_long():
     queue = LLMQueue(1, telemetry=None)
-    with server(latency_seconds=0.05) as found:
+    with serve_provider(latency_seconds=0.05) as found:
         async with openai.AsyncOpenAI(base_url=found.url, api_key="none", max_retries=0) as client:
             message = [{"role": "user", "content": "tell"}]
             plain = await client.chat.completions.create(model="m", messages=message)
@@ -67,7 +67,7 @@ async def test_a_reader_own_sdk_client_streams_and_the_slot_lasts_as_long():
 
 
 async def test_a_refusal_says_what_openai_would_say():
-    with server(requests_per_minute=60, bucket_seconds=1, latency_seconds=0.01) as found:
+    with serve_provider(requests_per_minute=60, bucket_seconds=1, latency_seconds=0.01) as found:
         async with client_of(found) as client:
             await client.complete(ask("a"))
             with pytest.raises(openai.RateLimitError) as caught:
@@ -82,7 +82,7 @@ async def test_a_refusal_says_what_openai_would_say():
 
 
 async def test_the_sdk_own_retries_are_off():
-    with server(error_ratio=1, latency_seconds=0.01) as found:
+    with serve_provider(error_ratio=1, latency_seconds=0.01) as found:
         async with client_of(found) as client:
             with pytest.raises(openai.InternalServerError):
                 await client.complete(ask())
@@ -91,7 +91,7 @@ async def test_the_sdk_own_retries_are_off():
 
 @pytest.mark.parametrize("fault", ["cut_ratio", "error_ratio"])
 async def test_faults_are_retried_by_the_queue_until_they_pass(fault):
-    with server(**{fault: 0.5}, latency_seconds=0.01, seed=3) as found:
+    with serve_provider(**{fault: 0.5}, latency_seconds=0.01, seed=3) as found:
         queue = LLMQueue(4, telemetry=None)
         async with client_of(found) as client:
             answers = await asyncio.gather(
@@ -105,7 +105,7 @@ async def test_faults_are_retried_by_the_queue_until_they_pass(fault):
 
 
 async def test_a_malformed_answer_comes_through_as_it_is():
-    with server(malformed_ratio=1, latency_seconds=0.01) as found:
+    with serve_provider(malformed_ratio=1, latency_seconds=0.01) as found:
         async with client_of(found) as client:
             answer = await client.complete(ask("q", schema={"type": "object", "properties": {"a": {"type": "string"}}}))
     with pytest.raises(json.JSONDecodeError):
@@ -113,7 +113,7 @@ async def test_a_malformed_answer_comes_through_as_it_is():
 
 
 async def test_a_hang_ends_with_the_request_timeout_and_the_server_notices():
-    with server(timeout_ratio=1) as found:
+    with serve_provider(timeout_ratio=1) as found:
         queue = LLMQueue(1, request_timeout=0.3, telemetry=None)
         async with client_of(found) as client:
             with pytest.raises(TimeoutError, match=r"request_timeout=0\.3"):
@@ -127,7 +127,7 @@ async def test_a_hang_ends_with_the_request_timeout_and_the_server_notices():
 
 
 async def test_64_calls_at_once_are_64_at_the_server():
-    with server(latency_seconds=0.5, sigma=0) as found:
+    with serve_provider(latency_seconds=0.5, sigma=0) as found:
         queue = LLMQueue(64, telemetry=None)
         async with client_of(found) as client:
             async with queue.map(lambda n: client.complete(ask(str(n))), range(192)) as outcomes:
@@ -136,7 +136,7 @@ async def test_64_calls_at_once_are_64_at_the_server():
 
 
 async def test_what_is_no_request_is_told_so():
-    with server() as found:
+    with serve_provider() as found:
         request = urllib.request.Request(f"{found.url}/chat/completions", b"{}", {"content-type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request, timeout=30)
@@ -146,7 +146,7 @@ async def test_what_is_no_request_is_told_so():
 
 
 async def test_an_answer_without_text_is_an_error(monkeypatch):
-    with server(latency_seconds=0.01) as found:
+    with serve_provider(latency_seconds=0.01) as found:
         async with client_of(found) as client:
 
             async def without_text(**_):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
@@ -31,6 +33,16 @@ from llmq.providers.spec import ProviderSpec
 STAGE_HEADER = "x-llmq-stage"
 SERVICE_HEADER = "x-llmq-service"
 _STREAM_PIECES = 8
+_LISTENING = "listening on "
+_CLIENT_GONE = 499  # nobody is there to read it
+
+
+class _Cut(Exception):
+    """Raised within a response: uvicorn then closes the connection in the middle of it."""
+
+
+def _not_planned(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[0] is _Cut)
 
 
 def create_app(provider: SimulatedProvider) -> Starlette:
@@ -40,6 +52,8 @@ def create_app(provider: SimulatedProvider) -> Starlette:
         try:
             body = await request.json()
             chat = _chat_request(body, request)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
         except (ValueError, KeyError, TypeError) as error:
             return _error(400, f"cannot read the request: {error!r}", "invalid_request_error")
         exchange = provider.begin(chat, time.monotonic())
@@ -54,7 +68,7 @@ def create_app(provider: SimulatedProvider) -> Starlette:
             )
         if not await _sleep_while_connected(request, exchange.seconds):
             provider.end(exchange, 0, time.monotonic())
-            return Response(status_code=499)
+            return Response(status_code=_CLIENT_GONE)
         response = _response(exchange, exchange.plan)
         provider.end(exchange, response.status_code, time.monotonic())
         return response
@@ -74,8 +88,11 @@ def create_app(provider: SimulatedProvider) -> Starlette:
     )
 
 
-def serve(spec: ProviderSpec, host: str = "127.0.0.1", port: int = 0) -> None:
-    """Serve until interrupted. Prints `listening on URL` when it can be called; port 0 takes a free one."""
+def serve(spec: ProviderSpec, host: str = "127.0.0.1", port: int = 0, *, until_stdin_closes: bool = False) -> None:
+    """Serve until interrupted. Prints `listening on URL` when it can be called; port 0 takes a free one.
+
+    With `until_stdin_closes` also until whoever started this process is gone, however it went.
+    """
     # The protocol is named because asyncio sets TCP_NODELAY only where it is; without it answers take 40 ms more.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,26 +106,59 @@ def serve(spec: ProviderSpec, host: str = "127.0.0.1", port: int = 0) -> None:
             lifespan="off",
             timeout_keep_alive=120,
         )
-        print(f"listening on http://{host}:{port}/v1", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        print(f"{_LISTENING}http://{host}:{port}/v1", flush=True)
+        logging.getLogger("uvicorn.error").addFilter(_not_planned)
+        server = uvicorn.Server(config)
+        if until_stdin_closes:
+            threading.Thread(target=_stop_with_stdin, args=(server,), daemon=True).start()
+        server.run(sockets=[listener])
 
 
-@contextmanager
-def serving(spec: ProviderSpec) -> Iterator[str]:
-    """A server in a process of its own, on a free loopback port, for the length of a block. Yields its base URL.
+def _stop_with_stdin(server: uvicorn.Server) -> None:
+    sys.stdin.read()
+    server.should_exit = True
 
-    In a process of its own so that it does not compete with the client for the interpreter.
+
+class ServedProvider:
+    """A server in a process of its own, on a free loopback port: `url`, `stats()`, `stop()`.
+
+    In a process of its own so that it does not compete with the client for the interpreter. It ends with `stop`,
+    with the `with` block, or with this process.
     """
-    command = [sys.executable, "-m", "llmq", "provider", "serve", "--port", "0", "--spec-json", spec.model_dump_json()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line.startswith("listening on "):
-                raise ConfigError(f"the simulated provider did not start: {line.strip() or 'see above'}")
-            yield line.removeprefix("listening on ").strip()
-        finally:
-            process.terminate()
+
+    def __init__(self, spec: ProviderSpec) -> None:
+        command = [sys.executable, "-m", "llmq", "provider", "serve", "--port", "0"]
+        self._process = subprocess.Popen(
+            [*command, "--spec-json", spec.model_dump_json(), "--until-stdin-closes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # an interrupt is for the client, which then stops this
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line.startswith(_LISTENING):
+            self.stop()
+            raise ConfigError(f"the simulated provider did not start: {line or 'it says why above'}")
+        self.url = line.removeprefix(_LISTENING)
+
+    def stats(self, *, calls: bool = False) -> dict[str, Any]:
+        """The server's own truth, see `SimulatedProvider.stats`."""
+        address = f"{self.url.removesuffix('/v1')}/stats?calls={'true' if calls else 'false'}"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+    def stop(self) -> None:
+        """End the server."""
+        self._process.terminate()
+        self._process.communicate()
+
+    def __enter__(self) -> ServedProvider:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
 
 
 def _chat_request(body: Any, request: Request) -> ChatRequest:
@@ -153,7 +203,7 @@ def _response(exchange: Exchange, plan: Plan) -> Response:
 async def _cut(content: bytes) -> AsyncIterator[bytes]:
     """Half of what was announced, then the end of the connection."""
     yield content[: len(content) // 2]
-    raise ClientDisconnect  # the server closes the connection and says nothing
+    raise _Cut
 
 
 async def _stream(provider: SimulatedProvider, exchange: Exchange, plan: Plan) -> AsyncIterator[bytes]:
@@ -167,7 +217,7 @@ async def _stream(provider: SimulatedProvider, exchange: Exchange, plan: Plan) -
             await asyncio.sleep(exchange.seconds / len(pieces))
             if plan.fault == "cut" and number >= len(pieces) // 2:
                 status = 200
-                raise ClientDisconnect
+                raise _Cut
             yield _event(_chunk(exchange, {"role": "assistant", "content": piece}))
         last = _chunk(exchange, {}, finish_reason="stop")
         last["usage"] = _usage(plan)

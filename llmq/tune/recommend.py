@@ -16,7 +16,6 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 GOOD_ENOUGH = 0.97
 ATTEMPTS_TO_CONFIRM = 400
 MOST_LONGER = 5
-REFUSALS = ("requests", "tokens", "concurrency", "overload", "unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +104,13 @@ def judged(points: Iterable[Point]) -> list[Point]:
 def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | None:
     """The recommended level and for how many seconds to measure it again, or None. Pure.
 
-    Next to a level that is refused, a short clean window proves little: a rate limit may show only after a while.
-    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %).
+    A short clean window proves little: a limit on a rate shows only once its bucket is empty. `ATTEMPTS_TO_CONFIRM`
+    without a refusal put the 429 share under 1 % (Wilson, 95 %).
     """
     points = list(points)
     answer = recommend(points, bounds)
     chosen = next((p for p in judged(points) if p.level == answer.level), None)
-    if chosen is None or answer.binds not in REFUSALS or chosen.purpose == "confirm":
+    if chosen is None or chosen.purpose == "confirm":
         return None
     if chosen.share_429_high <= bounds.max_429_ratio or chosen.attempt_rate <= 0:
         return None
@@ -151,8 +150,8 @@ def drift(points: Iterable[Point]) -> float | None:
 
 
 def _resolution(level: int) -> int:
-    """How far apart two levels may stay: 1, or an eighth."""
-    return max(1, level // 8)
+    """How far apart two levels may stay: an eighth, rounded up."""
+    return -(-level // 8)
 
 
 def _by_provider(point: Point, bounds: Bounds) -> bool:

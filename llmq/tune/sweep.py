@@ -9,8 +9,8 @@ How a sweep goes, and why
   downs. A level more than some 6 % above the limit still runs dry within its window.
 - Levels come in shuffled order, and the first one again last, to see drift.
 - Of each level, what happens until it is full and one service time has passed is discarded.
-- Then whole levels between the measured ones are added where they would sharpen the answer, and a recommended level
-  next to a refused one is measured again for longer.
+- Then whole levels between the measured ones are added where they would sharpen the answer, and the recommended
+  level is measured again for longer: a limit on a rate shows only once its bucket is empty.
 - Event-loop lag and CPU tell when this client is the limit, and not the provider.
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_LEVELS = (1, 2, 4, 8, 16, 32, 64)
-MAX_EXTRA = 6
+MAX_EXTRA = 8
 _LOOK_SECONDS = 0.01
 _LAG_SECONDS = 0.01
 _ERRORS_TO_GIVE_UP = 3

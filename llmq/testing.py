@@ -1,0 +1,36 @@
+"""What tests and notebooks of llmq's users need: virtual time, and a provider that costs nothing.
+
+provider = serve_provider(requests_per_minute=300)      # over HTTP; provider.url, provider.stats(), provider.stop()
+provider = SimulatedProvider(ProviderSpec(...))         # in this process; await provider.complete(...)
+with asyncio.Runner(loop_factory=VirtualLoop) as runner: ...
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from llmq.providers.chat import ChatAnswer, ChatRequest
+from llmq.providers.simulated import SimulatedProvider
+from llmq.providers.spec import ProviderSpec
+from llmq.virtual import VirtualDeadlock, VirtualLoop
+
+if TYPE_CHECKING:
+    from llmq.providers.server import ServedProvider
+
+__all__ = [
+    "ChatAnswer",
+    "ChatRequest",
+    "ProviderSpec",
+    "SimulatedProvider",
+    "VirtualDeadlock",
+    "VirtualLoop",
+    "serve_provider",
+]
+
+
+def serve_provider(**spec: Any) -> "ServedProvider":
+    """Start an OpenAI-compatible HTTP server on loopback, in a process of its own. `spec`: see `ProviderSpec`.
+
+    Also a context manager. Needs the extra `server`.
+    """
+    from llmq.providers.server import ServedProvider
+
+    return ServedProvider(ProviderSpec(**spec))
