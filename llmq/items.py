@@ -13,6 +13,8 @@ workers back. An error belongs to its item. There is no task per item.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,7 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 from anyio.abc import TaskGroup
 
-from llmq.waiters import running_loop
+from llmq.waiters import cancellation_requested, in_trio_run
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,12 +31,15 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class ItemOutcome(Generic[T, R]):
-    """What came of one item: `result`, or `error` where it is not None. `index` counts from 0."""
+    """What came of one item: `result`, or `error` where it is not None. `index` counts from 0.
+
+    `error` is an Exception, or the CancelledError of something that the call itself awaited.
+    """
 
     index: int
     item: T
     result: R | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def unwrap(self) -> R:
         """The result; raises the error instead if there is one."""
@@ -55,14 +60,23 @@ class ItemRun(Generic[T, R]):
         ordered: bool = False,
     ) -> None:
         self._state = _State(run_one, items, window, ordered)
-        self._group: TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nursery: TaskGroup | None = None
+
+    def grow(self) -> None:
+        """Use a window that has grown. Also noticed by itself whenever an item is done."""
+        self._state.fill()
 
     async def __aenter__(self) -> AsyncIterator[ItemOutcome[T, R]]:
         self._state.claim()
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
-        group = self._group
-        self._state.start(lambda: group.start_soon(self._state.work))
+        if in_trio_run():
+            self._nursery = anyio.create_task_group()
+            await self._nursery.__aenter__()
+            nursery = self._nursery
+            self._state.start(lambda: nursery.start_soon(self._state.work))
+        else:
+            # Plain tasks and no task group, whose cancel scope would reach into a consumer's generator.
+            self._state.start(functools.partial(_spawn, self._state, self._tasks))
         return self._state
 
     async def __aexit__(
@@ -70,38 +84,43 @@ class ItemRun(Generic[T, R]):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
-        group = self._group
-        assert group is not None, "__aexit__ without __aenter__"
-        group.cancel_scope.cancel()
-        try:
-            return await group.__aexit__(exc_type, exc, traceback)
-        except BaseExceptionGroup as raised:
-            if exc is not None and raised.exceptions == (exc,):
-                return None  # the body's own exception, which anyio wraps: let it go on as it is
-            raise
+    ) -> None:
+        self._state.closing = True
+        if self._nursery is None:
+            await _stop(self._tasks)
+            return
+        self._nursery.cancel_scope.cancel()
+        with contextlib.suppress(BaseExceptionGroup):  # the body's own exception, wrapped: it goes on as it is
+            await self._nursery.__aexit__(exc_type, exc, traceback)
 
     async def __aiter__(self) -> AsyncIterator[ItemOutcome[T, R]]:
-        if running_loop() is None:
+        if in_trio_run():
             raise RuntimeError("plain `async for` needs asyncio; here use `async with ... as outcomes:` around it")
-        self._state.claim()
-        tasks: set[asyncio.Task[None]] = set()
-
-        def spawn() -> None:
-            task = asyncio.create_task(state.work())
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
-        state = self._state
-        state.start(spawn)
+        # Nothing here refers to self, so that a run that nobody iterates any more is collected.
+        state, tasks = self._state, self._tasks
+        state.claim()
+        state.start(functools.partial(_spawn, state, tasks))
         try:
             async for outcome in state:
                 yield outcome
         finally:
-            running = list(tasks)
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            state.closing = True
+            await _stop(tasks)
+
+
+def _spawn(state: _State[Any, Any], tasks: set[asyncio.Task[None]]) -> None:
+    task = asyncio.create_task(state.work())
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+async def _stop(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel, and wait until the calls have really ended."""
+    running = list(tasks)
+    for task in running:
+        task.cancel()
+    with anyio.CancelScope(shield=True):
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 class _State(Generic[T, R]):
@@ -124,12 +143,13 @@ class _State(Generic[T, R]):
         self._spawn: Callable[[], object] = lambda: None
         self._workers = 0
         self._exhausted = False
-        self._source_error: Exception | None = None
+        self._failure: BaseException | None = None
         self._pulled = 0
         self._handed = 0
         self._done: dict[int, ItemOutcome[T, R]] = {}
         self._changed = anyio.Event()
         self._room = anyio.Event()
+        self.closing = False
 
     def claim(self) -> None:
         """Refuse a second iteration."""
@@ -140,12 +160,18 @@ class _State(Generic[T, R]):
     def start(self, spawn: Callable[[], object]) -> None:
         """Start the first workers."""
         self._spawn = spawn
-        self._fill()
+        self.fill()
+
+    def fill(self) -> None:
+        """Have as many workers as the window allows."""
+        while not self._exhausted and not self.closing and self._workers < max(1, self._window()):
+            self._workers += 1
+            self._spawn()
 
     async def work(self) -> None:
         """One worker: pull an item, run it, hand its outcome over, until there is none or too many work."""
         try:
-            while not self._exhausted and self._workers <= max(1, self._window()):
+            while not self._exhausted and not self.closing and self._workers <= max(1, self._window()):
                 if self._pulled - self._handed >= 2 * max(1, self._window()):
                     self._room = anyio.Event() if self._room.is_set() else self._room
                     await self._room.wait()
@@ -153,33 +179,54 @@ class _State(Generic[T, R]):
                 pulled = await self._pull()
                 if pulled is None:
                     return
-                index, item = pulled
-                try:
-                    outcome = ItemOutcome[T, R](index, item, await self._run_one(index, item))
-                except Exception as error:
-                    outcome = ItemOutcome[T, R](index, item, error=error)
-                self._done[index] = outcome
+                self._done[pulled[0]] = await self._run(*pulled)
                 self._changed.set()
-                self._fill()
+                self.fill()
+        except BaseException as error:
+            if isinstance(error, Exception) or not (self.closing or cancellation_requested()):
+                self._fail(error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._workers -= 1
             self._changed.set()
+
+    async def _run(self, index: int, item: T) -> ItemOutcome[T, R]:
+        try:
+            return ItemOutcome[T, R](index, item, await self._run_one(index, item))
+        except Exception as error:
+            return ItemOutcome[T, R](index, item, error=error)
+        except asyncio.CancelledError as error:
+            # That of something the call awaited is the item's failure; one that was meant for us is obeyed.
+            if self.closing or cancellation_requested():
+                raise
+            return ItemOutcome[T, R](index, item, error=error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End the run: the reader gets what is done, then the error."""
+        self._exhausted = True
+        self._failure = self._failure or error
 
     def __aiter__(self) -> _State[T, R]:
         return self
 
     async def __anext__(self) -> ItemOutcome[T, R]:
         """What is done, as it gets done, or in the order of the items."""
+        self.fill()
         while (outcome := self._take()) is None:
-            if self._workers == 0 and self._exhausted and not self._done:
-                if self._source_error is not None:
-                    raise self._source_error
+            if self._exhausted and (self._workers == 0 or self._broken()):
+                if self._failure is not None:
+                    raise self._failure
                 raise StopAsyncIteration
-            self._changed = anyio.Event()
+            self._changed = anyio.Event() if self._changed.is_set() else self._changed
             await self._changed.wait()
         self._handed += 1
         self._room.set()
         return outcome
+
+    def _broken(self) -> bool:
+        """Whether a worker ended by something that is no ordinary error: nothing more is waited for."""
+        return self._failure is not None and not isinstance(self._failure, Exception)
 
     def _take(self) -> ItemOutcome[T, R] | None:
         if self._ordered:
@@ -198,16 +245,10 @@ class _State(Generic[T, R]):
         except (StopIteration, StopAsyncIteration):
             self._exhausted = True
         except Exception as error:
-            self._exhausted = True
-            self._source_error = error
+            self._fail(error)
         return None
 
     def _counted(self, item: T) -> tuple[int, T]:
         index = self._pulled
         self._pulled += 1
         return index, item
-
-    def _fill(self) -> None:
-        while not self._exhausted and self._workers < max(1, self._window()):
-            self._workers += 1
-            self._spawn()

@@ -27,7 +27,8 @@ from llmq.core import LLMTaskMeta
 from llmq.items import ItemRun
 from llmq.queue import LLMQueue
 from llmq.retry import Retry, unqueued
-from llmq.runtime import RuntimeEnv, active_queue
+from llmq.runtime import RuntimeEnv, active_queue, using
+from llmq.waiters import cancellation_requested
 
 T = TypeVar("T")
 
@@ -86,9 +87,10 @@ class Pipeline:
         least = open_items
 
         async def run_one(index: int, item: T) -> dict[str, Any]:
-            if queue is None:
-                return await self._run_in_turn(item, retry)
-            return await self._run_overlapped(queue, index, item, retry)
+            with using(queue):  # also for what an ungated stage submits
+                if queue is None:
+                    return await self._run_in_turn(item, retry)
+                return await self._run_overlapped(queue, index, item, retry)
 
         return ItemRun(
             run_one,
@@ -106,7 +108,7 @@ class Pipeline:
 
     async def _run_overlapped(self, queue: LLMQueue, rank: int, item: object, retry: Retry | None) -> dict[str, Any]:
         results: dict[str, Any] = {}
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
 
         async def run_stage(stage: Stage) -> None:
             call = _bound(stage, item, results)
@@ -116,7 +118,9 @@ class Pipeline:
                     results[stage.name] = await queue.submit(call, meta=meta, retry=retry)
                 else:
                     results[stage.name] = await call()
-            except Exception as error:
+            except BaseException as error:
+                if not isinstance(error, Exception) and cancellation_requested():
+                    raise
                 failures.append(error)
                 group.cancel_scope.cancel()  # what the item's other stages would bring is lost anyway
                 return

@@ -3,19 +3,20 @@
 How it works
 - `Scheduler` decides, under one lock that is only ever held for a few plain statements: never across an await,
   a call of user code, or a wake-up.
-- A slot is a lease. Whoever ends it, a task, a thread, a finaliser, appends to `_inbox` and calls `_settle`, which
-  takes the lock only if it is free at once. If it is not, its holder finds the inbox when it lets go. So a
-  garbage collection in the middle of a locked section cannot deadlock, and ending a lease twice does nothing.
+- A slot is a lease. Whoever ends it appends to `_inbox`, which `_settle` empties under the lock. A finaliser may run
+  in the middle of anything, so it takes the lock only if it is free at once; if not, its holder settles when it lets
+  go: whoever takes the lock calls `_settle` afterwards. Ending a lease twice does nothing.
 - A waiting caller is parked in its own loop or thread and woken once, after the scheduler gave it the slot. If it
   was cancelled meanwhile it gives the slot back; if its loop has ended, the wake-up fails and `_settle` does.
 - Back-off holds no slot. A refusal that says Retry-After also holds back all waiters of that model, for as long
   as the refused operation itself sleeps: the hold ends with that sleep, however it ends, so that it needs
   no timer and cannot be forgotten.
+- What a closed event loop leaves behind, slots, places and holds, is found at the next settling, once there has been
+  more than one loop. A `Slot` stays with whoever has it.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import anyio
 
@@ -31,7 +32,7 @@ from llmq.core import Job, LLMTaskMeta, Outcome, Scheduler, State, Statistics
 from llmq.errors import QueueDrainingError, QueueTimeout, RequestTimeout
 from llmq.items import ItemRun
 from llmq.records import AttemptRecord, CallOutcome, OperationRecord, RecordBuffer, Records
-from llmq.retry import Classify, Kind, Retry, Verdict, classify, timed
+from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
 from llmq.telemetry import OperationSpan, Telemetry
 from llmq.waiters import AsyncWaiter, Gone, ThreadWaiter, Waiter, clock, in_trio_run, new_waiter, running_loop
 
@@ -42,13 +43,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 W = TypeVar("W", bound=Waiter)
 
-_NOT_HELD: Final = "\0"
-_Return = tuple[Job | None, Outcome, bool, str | None]
-"""What comes back: the attempt that ends (None: one in back-off), how, whether its operation ends with it, and
-the model whose hold it takes along (`_NOT_HELD`: none)."""
+
+class _Return(NamedTuple):
+    """What comes back: an attempt with its ending, or with `job` None an operation that ends in its back-off."""
+
+    operation: _Operation
+    job: Job | None
+    outcome: Outcome
+    closing: bool
+
 
 _NO_META = LLMTaskMeta()
 _ABANDONED = Verdict(Kind.CANCELLED)
+_GIVE_UP = (None, Verdict(Kind.CALLER))
 _SUCCESS = Verdict(Kind.CALLER)
 _default_telemetry = Telemetry()
 
@@ -56,12 +63,15 @@ MAX_RECORDS = 100_000
 """Operations, and attempts, that `records()` keeps."""
 
 
+_Loop = weakref.ref["AbstractEventLoop"]
+
+
 class _CallJob(Job):
-    """An attempt's place in the queue, and the asyncio loop that it belongs to."""
+    """An attempt's place in the queue, and its operation."""
 
-    __slots__ = ("loop",)
+    __slots__ = ("operation",)
 
-    loop: weakref.ref[AbstractEventLoop] | None
+    operation: _Operation
 
 
 class LLMQueue:
@@ -95,11 +105,12 @@ class LLMQueue:
         self._scheduler = Scheduler(max_concurrency)
         self._lock = threading.Lock()
         self._inbox: deque[_Return] = deque()
-        self._orphans: deque[_Operation] = deque()
+        self._orphans: deque[tuple[_Operation, bool]] = deque()
+        self._backing_off: set[_Operation] = set()
         self._open_operations = 0
         self._draining = False
         self._drainers: list[Waiter] = []
-        self._last_loop: weakref.ref[AbstractEventLoop] | None = None
+        self._loops: set[_Loop] = set()
 
     @property
     def max_concurrency(self) -> int:
@@ -109,6 +120,7 @@ class LLMQueue:
     @property
     def open_operations(self) -> int:
         """Calls accepted and not yet ended: waiting, running, or sleeping between attempts."""
+        self._settle()
         return self._open_operations
 
     async def submit(
@@ -122,8 +134,10 @@ class LLMQueue:
 
         Without `retry` it is called once. With it, each attempt takes a new slot at the front of its class, and
         no slot is held in between. Raises `QueueTimeout`, `RequestTimeout` and `QueueDrainingError` of its own.
+
+        Do not submit from within a call that holds a slot: when all slots are held that way, none becomes free.
         """
-        operation = _Operation(self, meta or _NO_META)
+        operation = _Operation(self, meta or _NO_META, running_loop())
         if operation.span is not None:
             operation.span.attach()
         failed = 0
@@ -133,8 +147,7 @@ class LLMQueue:
                 result = await timed(factory, self.request_timeout)
             except BaseException as error:
                 failed += 1
-                verdict = self._judge(error)
-                delay = None if retry is None else retry.delay_seconds(failed, verdict)
+                delay, verdict = self._decide(error, retry, failed)
                 if delay is None:
                     operation.leave(error, verdict)
                     raise
@@ -161,15 +174,20 @@ class LLMQueue:
         """`call(item)` for each item, pulled as slots free up; an outcome each, with `.result` or `.error`.
 
         `async with queue.map(...) as outcomes: async for outcome in outcomes: ...`; on asyncio also plain
-        `async for`. `items` may be lazy, asynchronous or endless. `ordered` keeps the order of the items.
+        `async for`. `items` may be lazy, asynchronous or endless. `ordered` keeps the order of the items. Calls share
+        a few tasks, so a context variable that one sets may be seen by a later one.
         """
 
         async def run_one(_index: int, item: T) -> R:
-            return await self.submit(
-                functools.partial(call, item), meta=meta(item) if callable(meta) else meta, retry=retry
-            )
+            def start() -> Awaitable[R]:
+                run.grow()
+                return call(item)
 
-        return ItemRun(run_one, items, lambda: self._scheduler.limit, ordered=ordered)
+            return await self.submit(start, meta=meta(item) if callable(meta) else meta, retry=retry)
+
+        # One item more than there are slots: the one that waits finds out at once when the queue has grown.
+        run = ItemRun(run_one, items, lambda: self._scheduler.limit + 1, ordered=ordered)
+        return run
 
     def submit_sync(self, fn: Callable[..., T], *args: object, meta: LLMTaskMeta | None = None) -> T:
         """Call `fn(*args)` in this thread once a slot is free; blocks. Not from a thread that runs an event loop.
@@ -180,12 +198,12 @@ class LLMQueue:
             raise RuntimeError(
                 "submit_sync() would block the event loop that runs in this thread; use `await queue.submit(...)`"
             )
-        operation = _Operation(self, meta or _NO_META)
+        operation = _Operation(self, meta or _NO_META, None)
         operation.enter_blocking()
         try:
             result = fn(*args)
         except BaseException as error:
-            operation.leave(error, self._judge(error))
+            operation.leave(error, judged(self._classify, error))
             raise
         operation.leave()
         return result
@@ -209,16 +227,17 @@ class LLMQueue:
         Raises `QueueTimeout` when that takes longer than `timeout` seconds; the calls go on, and new ones stay
         refused until `resume`.
         """
+        waiter = new_waiter()
         with self._lock:
             self._draining = True
-            waiter = new_waiter() if self._open_operations else None
-            if waiter is not None:
-                self._drainers.append(waiter)
+            self._drainers.append(waiter)
         self._reconfigure(paused=False)
-        if waiter is None:
-            return
-        with anyio.move_on_after(timeout) as scope:
-            await waiter.wait()
+        try:
+            with anyio.move_on_after(timeout) as scope:
+                await waiter.wait()
+        finally:
+            with suppress(ValueError):
+                self._drainers.remove(waiter)
         if scope.cancelled_caught:
             raise QueueTimeout(
                 f"{self._open_operations} calls were still open after drain(timeout={timeout:g}); they go on; "
@@ -228,8 +247,11 @@ class LLMQueue:
     def statistics(self) -> Statistics:
         """Counts of attempts now: limit, in flight, waiting, ended. Changes nothing."""
         self._bury_orphans()
-        with self._lock:
-            return self._scheduler.statistics(clock())
+        try:
+            with self._lock:
+                return self._scheduler.statistics(clock())
+        finally:
+            self._settle()
 
     def records(self) -> Records:
         """The newest operations and attempts, at most `max_records` of each, oldest first."""
@@ -241,99 +263,133 @@ class LLMQueue:
         return f"<LLMQueue {now.in_flight} of {now.limit} in flight, {now.waiting} waiting>"
 
     def _reconfigure(self, *, limit: int | None = None, paused: bool | None = None) -> None:
-        with self._lock:
-            started = self._scheduler.reconfigure(clock(), limit=limit, paused=paused)
-        self._wake(started)
-
-    def _judge(self, error: BaseException) -> Verdict:
+        started: list[Job] = []
         try:
-            return self._classify(error)
-        except Exception as broken:
-            error.add_note(f"llmq: classify() itself raised {broken!r}, so this was not judged")
-            return Verdict(Kind.CALLER)
+            with self._lock:
+                started = self._scheduler.reconfigure(clock(), limit=limit, paused=paused)
+        finally:
+            self._wake(started)
+
+    def _decide(self, error: BaseException, retry: Retry | None, failed: int) -> tuple[float | None, Verdict]:
+        """Seconds until the next attempt, or None, and what the error means. Never raises: a slot depends on it."""
+        try:
+            verdict = judged(self._classify, error)
+            return None if retry is None else retry.delay_seconds(failed, verdict), verdict
+        except Exception:
+            return _GIVE_UP
 
     def _ask(self, operation: _Operation, make_waiter: Callable[[], W]) -> W | None:
         """Submit the operation's next attempt. None: it has its slot; else it must wait there."""
         job = operation.job
         waiter: W | None = None
-        with self._lock:
-            if operation.attempts == 1:
-                if self._draining:
+        started: list[Job] = []
+        try:
+            with self._lock:
+                first = operation.attempts == 1
+                if first and self._draining:
                     raise QueueDrainingError("the queue refuses new calls since drain(); resume() opens it again")
-                self._open_operations += 1
-            started = self._scheduler.submit(job, operation.asked_at)
-            if operation.holding:
-                operation.holding = False
-                started += self._scheduler.lift(job.key, operation.asked_at)
-            if job.state is not State.RUNNING:
-                job.waiter = waiter = make_waiter()
-                self._notice_dead_loops(job.loop)
-        self._wake([other for other in started if other is not job])
+                started = self._scheduler.submit(job, operation.asked_at)
+                self._open_operations += first
+                started += self._lift(operation, operation.asked_at)
+                self._backing_off.discard(operation)
+                if operation.loop is not None:
+                    self._loops.add(operation.loop)
+                if job.state is not State.RUNNING:
+                    job.waiter = waiter = make_waiter()
+        finally:
+            self._wake([other for other in started if other is not job])
         return waiter
 
-    def _give_back(self, returned: _Return) -> None:
-        """End an attempt, or an operation between attempts. From anywhere, also finalisers; never blocks."""
-        self._inbox.append(returned)
-        self._settle()
+    def _lift(self, operation: _Operation, now: float) -> list[Job]:
+        """End the hold that an operation has on its model, if it has one."""
+        if operation.holds is None:
+            return []
+        (key,) = operation.holds
+        operation.holds = None
+        return self._scheduler.lift(key, now)
 
-    def _settle(self) -> None:
-        while self._inbox and self._lock.acquire(blocking=False):
-            drainers: list[Waiter] = []
-            started: list[Job] = []
+    def _give_back(self, returned: _Return, *, finaliser: bool = False) -> None:
+        """End an attempt, or an operation between attempts."""
+        self._inbox.append(returned)
+        if not finaliser:
+            self._settle()
+        elif self._lock.acquire(blocking=False):
             try:
-                now = clock()
-                while self._inbox:
-                    started += self._take_back(self._inbox.popleft(), now)
-                if not self._open_operations:
-                    drainers, self._drainers = self._drainers, drainers
+                started, drainers = self._empty_inbox()
             finally:
                 self._lock.release()
-            for job in started:
-                self._wake_one(job)
-            for drainer in drainers:
-                with suppress(Gone):
-                    drainer.wake()
+            self._wake_up(started, drainers)
+
+    def _settle(self) -> None:
+        """Take back whatever came, and wake whom that lets start. Called after every hold of the lock."""
+        if len(self._loops) > 1:
+            self._notice_dead_loops()
+        while self._inbox or (self._drainers and not self._open_operations):
+            with self._lock:
+                started, drainers = self._empty_inbox()
+            self._wake_up(started, drainers)
+
+    def _empty_inbox(self) -> tuple[list[Job], list[Waiter]]:
+        started: list[Job] = []
+        now = clock()
+        while self._inbox:
+            started += self._take_back(self._inbox.popleft(), now)
+        if self._open_operations:
+            return started, []
+        drainers, self._drainers = self._drainers, []
+        return started, drainers
 
     def _take_back(self, returned: _Return, now: float) -> list[Job]:
-        job, outcome, closing, held_key = returned
-        if job is not None:
-            if job.state in (State.NEW, State.ENDED):
-                return []  # it was never accepted, or has been taken back already
+        operation, job, outcome, closing = returned
+        if job is None:
+            if operation not in self._backing_off:
+                return []  # taken back already
+            self._backing_off.discard(operation)
+            started = self._lift(operation, now)
+        elif job.state is State.WAITING:
             started = self._scheduler.cancel(job, now)
-            if job.state is State.RUNNING:
-                started = self._scheduler.finish(job, outcome, now)
+        elif job.state is State.RUNNING:
+            started = self._scheduler.finish(job, outcome, now)
+            if not closing:
+                self._backing_off.add(operation)
         else:
-            started = self._scheduler.lift(held_key, now) if held_key is not _NOT_HELD else []
+            return []  # it was never accepted, or has been taken back already
         self._open_operations -= closing
         return started
 
     def _wake(self, started: list[Job]) -> None:
-        for job in started:
-            self._wake_one(job)
+        self._wake_up(started, [])
         self._settle()
 
-    def _wake_one(self, job: Job) -> None:
-        waiter: Waiter = job.waiter  # type: ignore[assignment]  # the core keeps it as an opaque object
-        try:
-            waiter.wake()
-        except Gone:
-            self._inbox.append((job, Outcome.IGNORED, True, _NOT_HELD))
+    def _wake_up(self, started: list[Job], drainers: list[Waiter]) -> None:
+        for job in started:
+            waiter: Waiter = job.waiter  # type: ignore[assignment]  # the core keeps it as an opaque object
+            try:
+                waiter.wake()
+            except Gone:
+                self._inbox.append(_lost(job))
+        for drainer in drainers:
+            with suppress(Gone):
+                drainer.wake()
 
-    def _notice_dead_loops(self, loop: weakref.ref[AbstractEventLoop] | None) -> None:
-        """Take back the slots of closed loops. Called with the lock, only when a caller of another loop waits."""
-        if loop is not None and loop is self._last_loop:
+    def _notice_dead_loops(self) -> None:
+        """Take back what belongs to closed loops."""
+        dead = {ref for ref in list(self._loops) if (loop := ref()) is None or loop.is_closed()}
+        if not dead:
             return
-        self._last_loop = loop
-        for job in self._scheduler.running:
-            home = job.loop() if isinstance(job, _CallJob) and job.loop is not None else None
-            if home is not None and home.is_closed():
-                self._inbox.append((job, Outcome.IGNORED, True, _NOT_HELD))
+        with self._lock:
+            self._loops -= dead
+            gone = [_lost(job) for job in self._scheduler.running if job.operation.loop in dead]  # type: ignore[attr-defined]
+            asleep = [_Return(o, None, Outcome.IGNORED, True) for o in self._backing_off if o.loop in dead]
+        self._inbox.extend(gone)
+        self._inbox.extend(asleep)
 
     def _bury_orphans(self) -> None:
-        """Record the slots that a finaliser ended; it must not do so itself."""
+        """Record what ended in a finaliser, which must not do so itself: telemetry takes locks."""
         while self._orphans:
             with suppress(IndexError):
-                self._orphans.popleft().record(None, _ABANDONED, closing=True)
+                operation, in_attempt = self._orphans.popleft()
+                operation.record(None, _ABANDONED, in_attempt=in_attempt, closing=True)
 
 
 class Slot:
@@ -343,17 +399,21 @@ class Slot:
     first counts, the others do nothing.
     """
 
-    __slots__ = ("__weakref__", "_lease", "_operation")
+    __slots__ = ("__weakref__", "_entered", "_lease", "_meta", "_queue")
 
     def __init__(self, queue: LLMQueue, meta: LLMTaskMeta) -> None:
-        self._operation = _Operation(queue, meta)
+        self._queue = queue
+        self._meta = meta
+        self._entered = False
         self._lease: list[_Operation] = []
 
     async def __aenter__(self) -> Slot:
-        if self._operation.attempts:
+        if self._entered:
             raise RuntimeError("this slot was entered before; ask queue.slot() for another one")
-        await self._operation.enter()
-        self._lease.append(self._operation)
+        self._entered = True
+        operation = _Operation(self._queue, self._meta, None)  # of no loop: it may outlive this one
+        await operation.enter()
+        self._lease.append(operation)
         return self
 
     async def __aexit__(
@@ -370,16 +430,11 @@ class Slot:
             operation = self._lease.pop()  # atomic: only one of several enders gets it
         except IndexError:
             return
-        if error is None:
-            operation.leave()
-        else:
-            operation.leave(error, operation.queue._judge(error))
+        operation.leave(error, None if error is None else judged(self._queue._classify, error))
 
     def __del__(self) -> None:
         if self._lease:
-            operation = self._lease.pop()
-            operation.queue._orphans.append(operation)
-            operation.queue._give_back((operation.job, Outcome.IGNORED, True, _NOT_HELD))
+            self._lease.pop().abandon()
 
 
 class _Operation:
@@ -388,9 +443,10 @@ class _Operation:
     __slots__ = (
         "asked_at",
         "attempts",
-        "holding",
+        "holds",
         "id",
         "job",
+        "loop",
         "meta",
         "queue",
         "span",
@@ -399,12 +455,14 @@ class _Operation:
         "wait_seconds",
     )
 
-    def __init__(self, queue: LLMQueue, meta: LLMTaskMeta) -> None:
+    def __init__(self, queue: LLMQueue, meta: LLMTaskMeta, loop: AbstractEventLoop | None) -> None:
+        queue._bury_orphans()
         self.queue = queue
         self.meta = meta
+        self.loop: _Loop | None = None if loop is None else weakref.ref(loop)
         self.id = next(queue._operation_ids)
         self.attempts = 0
-        self.holding = False
+        self.holds: tuple[str | None] | None = None
         self.wait_seconds = 0.0
         self.span: OperationSpan | None = None
         if queue._telemetry is not None:
@@ -413,27 +471,26 @@ class _Operation:
 
     async def enter(self) -> None:
         """Get a slot for the next attempt. If it raises, the operation is over and recorded."""
-        queue, loop = self.queue, running_loop()
-        self._next_attempt(loop)
+        self._next_attempt()
         try:
-            waiter = queue._ask(self, new_waiter)
+            waiter = self.queue._ask(self, new_waiter)
             if waiter is not None:
                 await self._wait(waiter)
         except BaseException as error:
-            self.leave(error, queue._judge(error))
+            self.leave(error, judged(self.queue._classify, error))
             raise
         self._started()
 
     def enter_blocking(self) -> None:
         """`enter` for a plain thread."""
         queue = self.queue
-        self._next_attempt(None)
+        self._next_attempt()
         try:
             waiter = queue._ask(self, ThreadWaiter)
             if waiter is not None and not waiter.wait_blocking(queue.queue_timeout):
                 self._give_up_waiting()
         except BaseException as error:
-            self.leave(error, queue._judge(error))
+            self.leave(error, judged(queue._classify, error))
             raise
         self._started()
 
@@ -441,33 +498,54 @@ class _Operation:
         self, error: BaseException | None = None, verdict: Verdict | None = None, *, closing: bool = True
     ) -> None:
         """End the attempt, and with `closing` the operation: first its slot, then its records."""
+        if isinstance(error, GeneratorExit):
+            self.abandon()
+            return
         outcome = Outcome.SUCCEEDED if verdict is None else verdict.outcome
-        self.queue._give_back((self.job, outcome, closing, _NOT_HELD))
+        self.queue._give_back(_Return(self, self.job, outcome, closing))
         self.record(error, verdict, closing=closing)
+
+    def abandon(self, *, in_attempt: bool = True) -> None:
+        """End everything from a finaliser."""
+        self.queue._orphans.append((self, in_attempt))
+        job = self.job if in_attempt else None
+        self.queue._give_back(_Return(self, job, Outcome.IGNORED, True), finaliser=True)
 
     def hold_back(self, verdict: Verdict) -> None:
         """Keep the model's waiters back until the next attempt, if the provider said how long to wait."""
         if not verdict.refused or verdict.retry_after_seconds is None:
             return
-        queue = self.queue
-        with queue._lock:
-            self.holding = True
-            started = queue._scheduler.hold(self.job.key, clock())
-        queue._wake(started)
+        queue, started = self.queue, []
+        try:
+            with queue._lock:
+                self.holds = (self.job.key,)
+                started = queue._scheduler.hold(self.job.key, clock())
+        finally:
+            queue._wake(started)
 
     async def back_off(self, delay_seconds: float) -> None:
         """Sleep between attempts, with no slot."""
         try:
             await anyio.sleep(delay_seconds)
+        except GeneratorExit:
+            self.abandon(in_attempt=False)
+            raise
         except BaseException as error:
-            queue = self.queue
-            queue._give_back((None, Outcome.IGNORED, True, self.job.key if self.holding else _NOT_HELD))
-            self._record_operation(error, queue._judge(error), clock())
+            self.queue._give_back(_Return(self, None, Outcome.IGNORED, True))
+            self._record_operation(error, judged(self.queue._classify, error), clock())
             raise
 
-    def record(self, error: BaseException | None, verdict: Verdict | None, *, closing: bool) -> None:
+    def record(
+        self, error: BaseException | None, verdict: Verdict | None, *, closing: bool, in_attempt: bool = True
+    ) -> None:
         """Write the attempt's record, and with `closing` the operation's."""
         now = clock()
+        if in_attempt:
+            self._record_attempt(error, verdict, now)
+        if closing:
+            self._record_operation(error, verdict, now)
+
+    def _record_attempt(self, error: BaseException | None, verdict: Verdict | None, now: float) -> None:
         meta = self.meta
         record = AttemptRecord(
             self.id,
@@ -490,8 +568,6 @@ class _Operation:
         self.queue._records.attempts.append(record)
         if self.span is not None:
             self.span.attempt_ended(record)
-        if closing:
-            self._record_operation(error, verdict, now)
 
     def _record_operation(self, error: BaseException | None, verdict: Verdict | None, now: float) -> None:
         meta = self.meta
@@ -513,14 +589,13 @@ class _Operation:
             self.span.detach()
             self.span.ended(record)
 
-    def _next_attempt(self, loop: AbstractEventLoop | None) -> None:
-        self.queue._bury_orphans()
+    def _next_attempt(self) -> None:
         meta = self.meta
         self.attempts += 1
         self.started_at: float | None = None
         self.asked_at = clock()
         self.job = _CallJob(meta.priority, meta.rank, meta.model_name, front=self.attempts > 1)
-        self.job.loop = None if loop is None else weakref.ref(loop)
+        self.job.operation = self
 
     async def _wait(self, waiter: AsyncWaiter) -> None:
         queue_timeout = self.queue.queue_timeout
@@ -535,19 +610,27 @@ class _Operation:
     def _give_up_waiting(self) -> None:
         """Raise `QueueTimeout`, unless the slot came at the last moment."""
         queue = self.queue
-        with queue._lock:
-            if self.job.state is State.RUNNING:
-                return
-            ahead = queue._scheduler.waiting - 1
+        try:
+            with queue._lock:
+                if self.job.state is State.RUNNING:
+                    return
+                others = queue._scheduler.waiting - 1
+        finally:
+            queue._settle()
         raise QueueTimeout(
             f"waited queue_timeout={queue.queue_timeout:g} s for one of {queue.max_concurrency} slots, with "
-            f"{ahead} others waiting; raise queue_timeout or max_concurrency, or submit less at once"
+            f"{others} others waiting; raise queue_timeout or max_concurrency, or submit less at once"
         )
 
     def _started(self) -> None:
         self.started_at = clock()
         if self.span is not None:
             self.span.attempt_started(self.attempts)
+
+
+def _lost(job: Job) -> _Return:
+    """The attempt of a caller whose loop has ended."""
+    return _Return(job.operation, job, Outcome.IGNORED, True)  # type: ignore[attr-defined]  # every job here is a _CallJob
 
 
 def _outcome(error: BaseException | None, verdict: Verdict | None) -> CallOutcome:

@@ -13,6 +13,7 @@ import email.utils
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -92,10 +93,31 @@ def classify(error: BaseException) -> Verdict:
     """
     if not isinstance(error, Exception):
         return Verdict(Kind.CANCELLED)
-    status = getattr(error, "status_code", None)
+    try:
+        return _classify(error)
+    except Exception:  # an attribute that raises, a body that contains itself: nothing to be learnt from it
+        return Verdict(Kind.CALLER)
+
+
+def judged(classify: Classify, error: BaseException) -> Verdict:
+    """What a user's `classify` says; it is not asked about cancellation, and its own failures cost nobody a slot."""
+    if not isinstance(error, Exception):
+        return Verdict(Kind.CANCELLED)
+    try:
+        verdict = classify(error)
+        if isinstance(verdict, Verdict):
+            return verdict
+        broken = f"returned {verdict!r}, not a Verdict"
+    except Exception as failure:
+        broken = f"itself raised {failure!r}"
+    with suppress(Exception):
+        error.add_note(f"llmq: classify() {broken}, so this was not judged")
+    return Verdict(Kind.CALLER)
+
+
+def _classify(error: Exception) -> Verdict:
+    status = _status(error)
     if status is None:
-        status = getattr(error, "status", None)  # aiohttp
-    if not isinstance(status, int):
         return Verdict(Kind.TRANSIENT if _is_connection_error(error) else Kind.CALLER)
     retry_after = _retry_after_seconds(_headers(error))
     if status == 429:
@@ -137,7 +159,7 @@ class Retry:
         if failed_attempts >= self.attempts or not verdict.retryable:
             return None
         draw = random.random() if draw is None else draw
-        backoff = draw * min(self.cap, self.base * 2.0 ** (failed_attempts - 1))
+        backoff = draw * min(self.cap, self.base * 2.0 ** min(failed_attempts - 1, 60))
         if verdict.retry_after_seconds is None:
             return backoff
         return verdict.retry_after_seconds + min(backoff, 0.1 * verdict.retry_after_seconds + 0.1 * self.base)
@@ -171,10 +193,19 @@ async def unqueued(
             return await timed(factory, request_timeout)
         except Exception as error:
             failed += 1
-            delay = None if retry is None else retry.delay_seconds(failed, classify(error))
+            delay = None if retry is None else retry.delay_seconds(failed, judged(classify, error))
             if delay is None:
                 raise
         await anyio.sleep(delay)
+
+
+def _status(error: Exception) -> int | None:
+    """`status_code` (openai, anthropic), `status` (aiohttp) or `response.status_code` (httpx2)."""
+    for holder, name in ((error, "status_code"), (error, "status"), (getattr(error, "response", None), "status_code")):
+        status = getattr(holder, name, None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def _is_connection_error(error: Exception) -> bool:
@@ -195,14 +226,13 @@ def _headers(error: Exception) -> Mapping[str, str]:
 
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """Retry-After in seconds, from `retry-after-ms` (Azure, OpenAI), a number, or an HTTP date (RFC 9110)."""
-    milliseconds = headers.get("retry-after-ms")
+    found = {str(name).lower(): str(value) for name, value in headers.items()}
+    milliseconds = _non_negative(found.get("retry-after-ms", ""), 0.001)
     if milliseconds is not None:
-        return _non_negative(milliseconds, 0.001)
-    value = headers.get("retry-after") or headers.get("Retry-After")
-    if value is None:
-        return None
+        return milliseconds
+    value = found.get("retry-after", "")
     seconds = _non_negative(value, 1.0)
-    if seconds is None:
+    if seconds is None and value:
         try:
             seconds = max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
         except (ValueError, TypeError):

@@ -31,7 +31,7 @@ SECONDS_BUCKETS = tuple(0.01 * 2**power for power in range(17))
 MAX_VALUES = 100
 """Distinct values of one metric attribute; further ones become `_other`."""
 
-_STAGE = re.compile(r"^(?P<stage>[a-z]+)_(?P<plateau>\d+)(?:_(?P<set>[a-z]+))?$")
+_STAGE = re.compile(r"^(?P<stage>[a-z]+)_(?P<plateau>\d{1,4})(?:_(?P<set>[a-z]+))?$")
 
 Attributes = dict[str, str | int]
 

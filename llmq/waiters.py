@@ -93,20 +93,24 @@ class TrioWaiter:
 
 
 class ThreadWaiter:
-    """A blocked thread."""
+    """A blocked thread.
 
-    __slots__ = ("_event",)
+    On a bare lock, which takes no other: a garbage collection inside the wait may be what wakes it.
+    """
+
+    __slots__ = ("_closed",)
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._closed = threading.Lock()
+        self._closed.acquire()
 
     def wait_blocking(self, timeout: float | None) -> bool:
         """Block until `wake`; False when `timeout` seconds passed first."""
-        return self._event.wait(timeout)
+        return self._closed.acquire(timeout=-1 if timeout is None else timeout)
 
     def wake(self) -> None:
         """Let the thread go on."""
-        self._event.set()
+        self._closed.release()
 
 
 def running_loop() -> AbstractEventLoop | None:
@@ -125,12 +129,23 @@ def in_trio_run() -> bool:
 
 def new_waiter() -> AsyncWaiter:
     """Park-place for the current task. Raises RuntimeError outside asyncio and trio."""
+    if in_trio_run():  # first, since trio may run as a guest of an asyncio loop
+        return TrioWaiter()
     loop = running_loop()
     if loop is not None:
         return AsyncioWaiter(loop)
-    if in_trio_run():
-        return TrioWaiter()
     raise RuntimeError("no asyncio or trio event loop runs here; from a plain thread use submit_sync()")
+
+
+def cancellation_requested() -> bool:
+    """Whether somebody asked the current task to stop.
+
+    On asyncio a task can see a CancelledError that is not its own: that of something it awaited. On trio it cannot.
+    """
+    if in_trio_run():
+        return True
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def clock() -> float:

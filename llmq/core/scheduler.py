@@ -13,6 +13,7 @@ lanes' heads. A cancelled job stays in its heaps until it surfaces, and both kin
 what is dead in them outweighs what lives, so the work is amortised and the memory bounded.
 """
 
+import operator
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush
 
@@ -66,10 +67,12 @@ class Scheduler:
         """Take in a new job."""
         if job.state is not State.NEW:
             raise ValueError(f"job {job.sequence} was submitted before; a job is one attempt, make a new one")
+        if not isinstance(job.rank, int) or not isinstance(job.priority, int):
+            raise TypeError(f"priority and rank are whole numbers, got {job.priority!r} and {job.rank!r}")
+        lane = self._lanes.get(job.key)  # refuses a key that cannot be one, before anything has changed
         job.sequence = self._submitted
         job.submitted_at = now
         self._submitted += 1
-        lane = self._lanes.get(job.key)
         if not self.paused and len(self.running) < self.limit and (lane is None or not lane.holds):
             # Nobody with a better claim can be waiting: they would have been started.
             self._start(job, now)
@@ -213,6 +216,6 @@ class Scheduler:
 
 
 def _checked(limit: int) -> int:
-    if limit < 1:
+    if operator.index(limit) < 1:
         raise ValueError(f"max_concurrency must be at least 1, got {limit}; to stop starting calls, use pause()")
     return limit

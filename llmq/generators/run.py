@@ -116,7 +116,7 @@ def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) ->
     )
 
 
-def _quarantine_line(service: Service, error: Exception) -> dict[str, Any]:
+def _quarantine_line(service: Service, error: BaseException) -> dict[str, Any]:
     return {
         "service_id": service.service_id,
         "name": service.name,
@@ -125,7 +125,7 @@ def _quarantine_line(service: Service, error: Exception) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why a service failed, without what a provider's message may repeat: prompts and keys."""
     if isinstance(error, LLMQError) and not isinstance(error, ProviderError):
         return str(error)

@@ -379,7 +379,7 @@ class _ClientMeter:
 
 async def _consume(outcomes: ItemRun[Any, Any]) -> None:
     """Take outcomes as they come. If nothing but the caller's own errors comes, raise the first: it is a bug."""
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     async with outcomes as stream:
         async for outcome in stream:
             if outcome.error is None:
