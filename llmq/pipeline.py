@@ -37,8 +37,8 @@ T = TypeVar("T")
 class Stage:
     """One step: `await call(item, *results of after)`.
 
-    A gated stage is one call to the provider and takes one slot. With `gated=False` the stage takes none, for
-    one that sends its own calls through `llmq.submit`, or makes none.
+    A gated stage is one call to the provider and takes one slot; what it submits itself takes no second one. With
+    `gated=False` the stage takes none, for one that sends its own calls through `llmq.submit`, or makes none.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Pipeline:
             try:
                 if stage.gated:
                     meta = LLMTaskMeta(stage.name, stage.model_name, rank=rank)
-                    results[stage.name] = await queue.submit(call, meta=meta, retry=retry)
+                    results[stage.name] = await queue.submit(functools.partial(_ungated, call), meta=meta, retry=retry)
                 else:
                     results[stage.name] = await call()
             except BaseException as error:
@@ -135,6 +135,12 @@ class Pipeline:
         if failures:
             raise failures[0]
         return {stage.name: results[stage.name] for stage in self.stages}
+
+
+async def _ungated(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a call that holds a slot: what it submits itself must not wait for a second one."""
+    with using(None):
+        return await call()
 
 
 def _bound(stage: Stage, item: object, results: Mapping[str, Any]) -> Callable[[], Awaitable[Any]]:

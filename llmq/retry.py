@@ -21,7 +21,7 @@ from typing import TypeVar
 import anyio
 
 from llmq.core import Outcome
-from llmq.errors import QueueError, RequestTimeout
+from llmq.errors import LLMQError, ProviderError, QueueError, RequestTimeout
 
 T = TypeVar("T")
 
@@ -113,6 +113,18 @@ def judged(classify: Classify, error: BaseException) -> Verdict:
     with suppress(Exception):
         error.add_note(f"llmq: classify() {broken}, so this was not judged")
     return Verdict(Kind.CALLER)
+
+
+def describe(error: BaseException) -> str:
+    """Why a call failed, without what a provider's message may repeat: prompts and keys."""
+    if isinstance(error, LLMQError) and not isinstance(error, ProviderError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    verdict = classify(error)
+    status = "" if verdict.status_code is None else f", status {verdict.status_code}"
+    limit = "" if verdict.limit_type is None else f", limit on {verdict.limit_type}"
+    return f"{verdict.kind.value}{status}{limit}"
 
 
 def _classify(error: Exception) -> Verdict:

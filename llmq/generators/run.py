@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from llmq.errors import InputError, LLMQError, ProviderError
+from llmq.errors import InputError
 from llmq.generators.ambitions import ambitions_pipeline, ambitions_record
 from llmq.generators.conversation import AnswerCache, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, write_line
 from llmq.generators.plateaus import ServiceItem, plateau_pipeline, plateau_record
 from llmq.generators.services import Catalogues, Service
 from llmq.providers.chat import ChatClient
-from llmq.retry import classify
+from llmq.retry import describe
 from llmq.settings import Settings
 
 GeneratorName = Literal["plateaus", "ambitions"]
@@ -121,18 +121,8 @@ def _quarantine_line(service: Service, error: BaseException) -> dict[str, Any]:
         "service_id": service.service_id,
         "name": service.name,
         "error_type": type(error).__qualname__,
-        "reason": _reason(error),
+        "reason": describe(error),
     }
-
-
-def _reason(error: BaseException) -> str:
-    """Why a service failed, without what a provider's message may repeat: prompts and keys."""
-    if isinstance(error, LLMQError) and not isinstance(error, ProviderError):
-        return str(error)
-    verdict = classify(error)
-    status = "" if verdict.status_code is None else f", status {verdict.status_code}"
-    limit = "" if verdict.limit_type is None else f", limit on {verdict.limit_type}"
-    return f"{verdict.kind.value}{status}{limit}"
 
 
 class _Handles(NamedTuple):

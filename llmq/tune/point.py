@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +15,7 @@ CLIENT_CPU_SHARE = 0.85
 CLIENT_LAG_SHARE = 0.1
 ACHIEVED_SHARE = 0.9
 
-Purpose = Literal["level", "confirm", "drift"]
+Purpose = Literal["level", "confirm", "drift", "burst"]
 
 
 @dataclass(slots=True)
@@ -36,7 +38,9 @@ class Point:
     ended. `in_flight`: time-weighted mean. Service times are of successful attempts only; waits are from submit to
     slot, of the operations that ended. `limited_by`: "client" or "pipeline" where the level says nothing about the
     provider. `purpose`: "level" for the first measurement, "confirm" for a longer one of the recommended level,
-    "drift" for one that only shows whether the provider has changed.
+    "drift" for the last one, which shows whether the provider has changed; "burst" for one taken before a limit on a
+    rate was known, on a bucket that may have been full: it is kept and not judged. `goodput_error`: standard error of
+    goodput, from the spread of the service times (a renewal count, Cox 1962: relative error cv / sqrt(n)).
     """
 
     level: int
@@ -49,6 +53,7 @@ class Point:
     refused: int
     failed: int
     goodput: float
+    goodput_error: float
     attempt_rate: float
     share_429: float
     share_429_low: float
@@ -73,7 +78,6 @@ def measure(
     *,
     order: int = 0,
     purpose: Purpose = "level",
-    max_429_ratio: float = 0.01,
 ) -> Point:
     """A level's point from what its queue recorded. Pure.
 
@@ -100,6 +104,7 @@ def measure(
         refused=len(refusals),
         failed=failed,
         goodput=len(service) * a_second,
+        goodput_error=spread(service) * math.sqrt(len(service)) * a_second,
         attempt_rate=len(attempts) * a_second,
         share_429=len(refusals) / len(attempts) if attempts else 0.0,
         share_429_low=low,
@@ -116,12 +121,14 @@ def measure(
         loop_lag_p99=window.loop_lag_p99,
         limited_by=None,
     )
-    point.limited_by = _limited_by(point, max_429_ratio)
+    point.limited_by = _limited_by(point)
     return point
 
 
-def _limited_by(point: Point, max_429_ratio: float) -> str | None:
+def _limited_by(point: Point) -> str | None:
     """`client`: this process is too slow to hold the level. `pipeline`: there is not enough to do to fill it."""
+    if point.window_seconds <= 0:
+        return "pipeline"
     if point.cpu_share is not None and point.cpu_share > CLIENT_CPU_SHARE:
         return "client"
     if (
@@ -130,14 +137,21 @@ def _limited_by(point: Point, max_429_ratio: float) -> str | None:
         and point.loop_lag_p99 > CLIENT_LAG_SHARE * point.service_p50
     ):
         return "client"
-    # Refused calls leave their slots early and wait: then it is the provider that keeps the level from being filled.
-    if point.in_flight < ACHIEVED_SHARE * point.level and point.share_429 <= max_429_ratio:
+    # Refused calls leave their slots early and hold others back: then it is the provider that keeps a level unfilled.
+    if point.in_flight < ACHIEVED_SHARE * point.level and not point.refused:
         return "pipeline"
     return None
 
 
 def _ended_inside(record: AttemptRecord | OperationRecord, window: Window) -> bool:
     return window.start < record.ended_at <= window.end
+
+
+def spread(values: list[float]) -> float:
+    """Coefficient of variation; 1, as of an exponential, where there are too few to tell."""
+    if len(values) < 2:
+        return 1.0
+    return statistics.stdev(values) / statistics.fmean(values)
 
 
 def _most_common(words: list[str]) -> str | None:

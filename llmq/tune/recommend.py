@@ -1,8 +1,9 @@
 """From measured levels to one number, with the reason.
 
 A level is *feasible* if its 429 share, error share and p95 are within their bounds and neither this client nor the
-pipeline kept it from being what it says. Recommended is the smallest feasible level that has at least 97 % of the
-best feasible goodput. Goodput is judged, never the total: refusals are fast and look like speed.
+pipeline kept it from being what it says. Recommended is the smallest feasible level that may have at least 97 % of the
+best feasible goodput, each taken with its standard error: the best of several noisy figures is a lucky one. Goodput is
+judged, never the total: refusals are fast and look like speed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 GOOD_ENOUGH = 0.97
 ATTEMPTS_TO_CONFIRM = 400
 MOST_LONGER = 5
+LEAST_LONGER = 3
+CLEAN_SECONDS = 60.0
+RATES = ("requests", "tokens", "unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,45 +80,56 @@ def recommend(points: Iterable[Point], bounds: Bounds) -> OperatingPoint:
         return OperatingPoint(None, "unknown", "Nothing has been measured yet; let at least one level finish.")
     if not feasible:
         return _refusal(measured, bounds)
-    best = max(p.goodput for p in feasible)
-    chosen = next(p for p in feasible if p.goodput >= GOOD_ENOUGH * best)
+    best = max(feasible, key=lambda p: p.goodput - p.goodput_error)
+    enough = GOOD_ENOUGH * (best.goodput - best.goodput_error)
+    chosen = next(p for p in feasible if p.goodput + p.goodput_error >= enough)
     above = [p for p in measured if p.level > chosen.level]
     binds, why = _what_binds(chosen, above, bounds)
     reason = (
         f"It brings {chosen.goodput:.3g} successful calls/s ({chosen.succeeded} in {chosen.window_seconds:.3g} s), "
-        f"{_of_best(chosen, best)}, with {chosen.share_429:.1%} refusals "
+        f"{_of_best(chosen, max(p.goodput for p in feasible))}, with {chosen.share_429:.1%} refusals "
         f"(95 % interval {chosen.share_429_low:.1%} to {chosen.share_429_high:.1%}). {why}"
     )
     return OperatingPoint(
-        chosen.level, binds, reason, chosen.goodput, chosen.share_429, tuple(_notes(chosen, points, bounds))
+        chosen.level, binds, reason, chosen.goodput, chosen.share_429, tuple(_notes(chosen, points, bounds, binds))
     )
 
 
 def judged(points: Iterable[Point]) -> list[Point]:
-    """One point a level, in order of level: of several the one that was measured longest; none taken for drift."""
-    longest: dict[int, Point] = {}
+    """One point a level, in order of level: the one measured longest, of equally long ones the latest; no burst."""
+    best: dict[int, Point] = {}
     for point in points:
-        if point.purpose != "drift" and point.window_seconds >= getattr(
-            longest.get(point.level), "window_seconds", 0.0
-        ):
-            longest[point.level] = point
-    return [longest[level] for level in sorted(longest)]
+        known = best.get(point.level)
+        if point.purpose != "burst" and (known is None or point.window_seconds >= 0.99 * known.window_seconds):
+            best[point.level] = point
+    return [best[level] for level in sorted(best)]
 
 
 def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | None:
     """The recommended level and for how many seconds to measure it again, or None. Pure.
 
-    A short clean window proves little: a limit on a rate shows only once its bucket is empty. `ATTEMPTS_TO_CONFIRM`
-    without a refusal put the 429 share under 1 % (Wilson, 95 %).
+    A short clean window proves little: a limit on a rate shows only once its bucket is empty.
+    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %). Where a rate binds, three
+    windows at least, so that what the bucket held at their start no longer hides an excess. Where nothing at all
+    was refused, as long as a bucket of a minute needs to show at twice its rate, within five windows.
     """
     points = list(points)
     answer = recommend(points, bounds)
     chosen = next((p for p in judged(points) if p.level == answer.level), None)
-    if chosen is None or chosen.purpose == "confirm":
+    if chosen is None or chosen.attempt_rate <= 0 or any(_confirms(p, chosen) for p in points):
         return None
-    if chosen.share_429_high <= bounds.max_429_ratio or chosen.attempt_rate <= 0:
+    seconds = ATTEMPTS_TO_CONFIRM / chosen.attempt_rate
+    if not any(p.refused for p in points):
+        seconds = max(seconds, CLEAN_SECONDS)
+    elif answer.binds in RATES:
+        seconds = max(seconds, LEAST_LONGER * chosen.window_seconds)
+    elif chosen.share_429_high <= bounds.max_429_ratio:
         return None
-    return chosen.level, min(ATTEMPTS_TO_CONFIRM / chosen.attempt_rate, MOST_LONGER * chosen.window_seconds)
+    return chosen.level, min(seconds, MOST_LONGER * chosen.window_seconds)
+
+
+def _confirms(point: Point, chosen: Point) -> bool:
+    return point.level == chosen.level and point.purpose == "confirm"
 
 
 def next_level(points: Iterable[Point], bounds: Bounds) -> int | None:
@@ -189,16 +204,21 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[
     if following.error_share > bounds.max_error_ratio:
         return "errors", f"At {following.level} {following.error_share:.1%} of the calls fail in the end."
     slower = (following.service_mean or 0) / (chosen.service_mean or 1)
-    text = (
-        f"The provider is saturated: at {following.level} the mean service time is {slower:.2f} times as long and "
-        f"brings {following.goodput / chosen.goodput - 1:+.0%} calls."
-    )
+    gain = f"{following.goodput / chosen.goodput - 1:+.0%} calls"
+    if slower > 1.1:
+        text = (
+            f"The provider is saturated: at {following.level} the mean service time is {slower:.2f} times as long, for "
+            f"{gain}."
+        )
+    else:
+        text = f"At {following.level} it brings {gain}, too little to tell from chance."
     if refused is not None:
         text += f" Higher up it refuses: {_refused_at(refused)}."
     return "server", text
 
 
 def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
+    """Nothing is feasible: why, and what to do."""
     causes = "; ".join(f"at {p.level}: {bounds.broken_by(p)}" for p in measured)
     lowest = measured[0]
     if lowest.limited_by == "client":
@@ -209,29 +229,39 @@ def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
         return OperatingPoint(
             None, "pipeline", f"There was too little to do at every level ({causes}). Give more items."
         )
-    binds = lowest.refused_by or "errors"
-    advice = (
-        "Even the lowest level is refused: wait until the limit has recovered, or ask for a higher one."
-        if lowest.refused
-        else "Look at the errors first: calls fail at every level."
-    )
+    if lowest.refused:
+        binds, advice = (
+            lowest.refused_by or "unknown",
+            ("Even the lowest level is refused: calls must be spaced out in time, or the limit raised."),
+        )
+    elif lowest.failed:
+        binds, advice = "errors", "Look at the errors first: calls fail in the end."
+    elif bounds.slo_p95 is not None and lowest.succeeded:
+        binds, advice = "slo", "Even the lowest level is slower than the bound: raise it, or ask for less a call."
+    else:
+        binds, advice = "unknown", "No call ended while it was measured: measure longer."
     return OperatingPoint(None, binds, f"No level keeps the bounds ({causes}). {advice}")
 
 
-def _notes(chosen: Point, points: Sequence[Point], bounds: Bounds) -> Iterable[str]:
+def _notes(chosen: Point, points: Sequence[Point], bounds: Bounds, binds: str) -> Iterable[str]:
     if chosen.succeeded < SAMPLES_FOR_P95:
-        yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer with --seconds."
+        yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer."
     if chosen.share_429_high > bounds.max_429_ratio:
         yield (
             f"{chosen.attempts} attempts cannot prove a 429 share under {bounds.max_429_ratio:.0%}; measure longer to "
             "be sure."
         )
-    judged_points = judged(points)
-    if not any(p.refused for p in judged_points):
-        most = max(judged_points, key=lambda p: p.attempts)
+    if not any(p.refused for p in points):
         yield (
-            f"Nothing was refused, in at most {most.attempts} calls within {most.window_seconds:.3g} s: a limit per "
-            "minute with a deep bucket would show only after more."
+            f"No limit was met, in {chosen.attempts} calls within {chosen.window_seconds:.3g} s: one on "
+            f"{chosen.attempt_rate * 60:.0f} requests a minute or less whose bucket is deeper than that would not "
+            "have shown."
+        )
+    lost = chosen.in_flight - chosen.goodput * (chosen.service_mean or 0.0)
+    if binds not in RATES and not chosen.refused and lost > 0.1 * chosen.in_flight and lost > 0.5:
+        yield (
+            f"Of {chosen.in_flight:.1f} calls in flight {lost:.1f} did not end while it was measured: some hang, or "
+            "take far longer than the window. Measure longer."
         )
     changed = drift(points)
     if changed is not None and abs(changed) > 0.1:

@@ -25,10 +25,10 @@ class PointStore:
             raise ConfigError(f"{folder} holds a sweep already; resume it, or choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.points = self._read() if self._jsonl.exists() else []
+            self.rewrite()
         except OSError as error:
             raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
-        self.points = self._read() if self._jsonl.exists() else []
-        self._rewrite()
 
     def add(self, point: Point) -> None:
         """Keep a point, on disk first."""
@@ -58,7 +58,7 @@ class PointStore:
             points.append(point)
         return points
 
-    def _rewrite(self) -> None:
+    def rewrite(self) -> None:
         """Both files anew from the points that were read: whole lines, equal in both."""
         rows = [asdict(point) for point in self.points]
         text = "".join(json.dumps({"sweep": self._what, **row}) + "\n" for row in rows)

@@ -2,11 +2,12 @@
 
 How a sweep goes, and why
 - A closed loop keeps each level full through a queue of its own; that queue owns the retries, so refusals are seen.
-- First a short run at the highest level warms everything up and finds out whether a rate limit refuses.
+- First a few calls tell the service time, and a short run at the highest level warms everything up and finds out
+  whether a rate limit refuses. Points taken before one was known are kept, and measured again.
 - If one does, its bucket is brought to one state before each level: emptied, since a bucket that has rested gives a
-  burst that flatters whichever level comes first, then left to refill for one service time and 5 % of the window,
-  since the first calls of a level come all at once, and a level right at the limit needs that much for its ups and
-  downs. A level more than some 6 % above the limit still runs dry within its window.
+  burst that flatters whichever level comes first, then left to refill a little: for one service time, since the first
+  calls of a level come all at once, and for three standard deviations of how many calls a window brings, since a
+  level right at the limit has ups and downs. What is above the limit by more than that runs dry within its window.
 - Levels come in shuffled order, and the first one again last, to see drift.
 - Of each level, what happens until it is full and one service time has passed is discarded.
 - Then whole levels between the measured ones are added where they would sharpen the answer, and the recommended
@@ -19,23 +20,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import random
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmq.core import LLMTaskMeta
-from llmq.errors import ConfigError
+from llmq.core import LLMTaskMeta, Outcome
+from llmq.errors import ConfigError, ProviderError
 from llmq.items import ItemRun
 from llmq.pipeline import Pipeline
 from llmq.queue import LLMQueue
-from llmq.retry import Kind, Retry, Verdict, classify
+from llmq.retry import Kind, Retry, Verdict, classify, describe
 from llmq.runtime import RuntimeEnv, using
-from llmq.tune.point import Point, Purpose, Window, measure
-from llmq.tune.recommend import Bounds, OperatingPoint, drift, next_level, recommend, to_confirm
+from llmq.tune.point import Point, Purpose, Window, measure, spread
+from llmq.tune.recommend import RATES, Bounds, OperatingPoint, drift, next_level, recommend, to_confirm
 from llmq.tune.statistics import percentile
 from llmq.tune.storage import PointStore
 from llmq.virtual import VirtualLoop
@@ -53,9 +55,11 @@ DEFAULT_LEVELS = (1, 2, 4, 8, 16, 32, 64)
 MAX_EXTRA = 8
 _LOOK_SECONDS = 0.01
 _LAG_SECONDS = 0.01
+_FEW_CALLS = 8
 _ERRORS_TO_GIVE_UP = 3
+_FAILURES_TO_GIVE_UP = 8
 _EMPTYING_SECONDS = 60.0
-_MARGIN_SHARE = 0.05
+_MARGIN_DEVIATIONS = 3.0
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Sweep:
     points: list[Point]
     bounds: Bounds = field(default_factory=Bounds)
     title: str = ""
+    hidden_retries: bool = False
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -76,7 +81,14 @@ class Sweep:
 
     def recommend(self) -> OperatingPoint:
         """The level to set, and why."""
-        return recommend(self.points, self.bounds)
+        answer = recommend(self.points, self.bounds)
+        if not self.hidden_retries:
+            return answer
+        warning = (
+            "Your client retries by itself, so refusals were hidden and this is not to be trusted: switch that off "
+            "(max_retries=0) and measure again."
+        )
+        return replace(answer, notes=(warning, *answer.notes))
 
     def plot(self) -> Figure:
         """One figure: goodput, 429 share, service and wait times against concurrency."""
@@ -134,58 +146,80 @@ async def sweep(
     percentile of the service time, in seconds. `retry` and `request_timeout` default to the settings in force.
     With `out`, each point is saved there as it is measured, and `resume` goes on with what is there.
 
-    Runs on asyncio. Switch the retries of your own client off (`max_retries=0`): hidden ones cannot be counted.
-    Raises what the call raises if nothing but errors of its own comes back, and ConfigError for levels below 1.
+    A plain call holds one slot; what it sends through `llmq.submit` itself takes no second one. Runs on asyncio.
+    Switch the retries of your own client off (`max_retries=0`): hidden ones cannot be counted.
+    Raises what the call raises if nothing but errors of its own comes back, `ProviderError` if no call succeeds, and
+    `ConfigError` for what cannot be measured.
     """
     settings = RuntimeEnv.instance().settings
-    chosen = sorted(set(DEFAULT_LEVELS if levels is None else levels))
-    if not chosen or chosen[0] < 1:
-        raise ConfigError(f"levels are calls at once, each at least 1; got {list(levels or ())}")
-    if seconds is not None and not seconds > 0:
-        raise ConfigError(f"seconds must be more than 0, got {seconds}")
+    order = _checked_levels(DEFAULT_LEVELS if levels is None else levels)
+    bounds = Bounds(max_429_ratio, max_error_ratio, slo_p95)
     runner = _Runner(
         call_or_pipeline,
         items,
         retry=settings.retry if retry is None else retry,
         request_timeout=settings.request_timeout if request_timeout is None else request_timeout,
-        open_items=open_items or settings.concurrency,
-        seconds=seconds,
+        open_items=settings.concurrency if open_items is None else open_items,
+        seconds=_positive("seconds", seconds),
+        highest=order[-1],
     )
-    bounds = Bounds(max_429_ratio, max_error_ratio, slo_p95)
-    store = None if out is None else PointStore(Path(out), _describe(title, seconds), resume=resume)
+    store = None if out is None else PointStore(Path(out), _describe(call_or_pipeline, title, seconds), resume=resume)
     result = Sweep(list(store.points) if store else [], bounds, title)
+    runner.rate_limited = any(p.refused_by in RATES for p in result.points)
     report = on_progress or print_progress
-
-    order = list(chosen)
     random.Random(seed).shuffle(order)
-    total = len(order) + 1
-    report(Progress(0, total, chosen[-1]))
-    await runner.probe(chosen[-1])
-
-    async def add(level: int, purpose: Purpose = "level", longer: float | None = None) -> None:
-        if any(p.level == level and p.purpose == purpose for p in result.points):
-            return  # measured before this sweep was resumed
-        report(Progress(len(result.points), max(total, len(result.points) + 1), level))
-        point = await runner.measure(level, len(result.points), purpose, max_429_ratio, longer)
+    extra = MAX_EXTRA if refine else 0
+    while (step := _next_step(result.points, order, bounds, extra)) is not None:
+        done, total = len(result.points), len(result.points) + _steps_left(result.points, order)
+        report(Progress(done, total, step.level))
+        if not runner.probed:
+            await runner.probe()
+        known_before = runner.rate_limited
+        point = await runner.measure(step, done)
+        extra -= step.extra
+        result.points.append(point)
+        if runner.rate_limited and not known_before:
+            for earlier in result.points:  # they may have lived on what a rested bucket held
+                earlier.purpose = "burst"
         if store is not None:
             store.add(point)
-        result.points.append(point)
-        report(Progress(len(result.points), max(total, len(result.points)), None, point))
-
-    for level in order:
-        await add(level)
-    for _ in range(MAX_EXTRA if refine else 0):
-        between = next_level(result.points, bounds)
-        unsure = to_confirm(result.points, bounds)
-        if between is None and unsure is None:
-            break
-        total += 1
-        if between is not None:
-            await add(between)
-        elif unsure is not None:
-            await add(unsure[0], "confirm", unsure[1])
-    await add(order[0], "drift")
+            store.rewrite()
+        report(Progress(done + 1, total, None, point))
+    result.hidden_retries = runner.hidden_retries
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What to measure next; `seconds` None is the usual window."""
+
+    level: int
+    purpose: Purpose = "level"
+    seconds: float | None = None
+    extra: bool = False
+
+
+def _next_step(points: Sequence[Point], order: Sequence[int], bounds: Bounds, extra: int) -> _Step | None:
+    """The asked levels in order, then levels in between, then the confirmation, last the drift. None: done."""
+    known = {p.level for p in points if p.purpose in ("level", "confirm")}
+    for level in order:
+        if level not in known:
+            return _Step(level)
+    if extra > 0:
+        between = next_level(points, bounds)
+        if between is not None:
+            return _Step(between, extra=True)
+        unsure = to_confirm(points, bounds)
+        if unsure is not None:
+            return _Step(unsure[0], "confirm", unsure[1], extra=True)
+    if any(p.purpose == "drift" for p in points):
+        return None
+    return _Step(order[0], "drift")
+
+
+def _steps_left(points: Sequence[Point], order: Sequence[int]) -> int:
+    known = {p.level for p in points if p.purpose in ("level", "confirm")}
+    return max(1, sum(level not in known for level in order) + (not any(p.purpose == "drift" for p in points)))
 
 
 def print_progress(progress: Progress) -> None:
@@ -211,6 +245,7 @@ class _Runner:
         request_timeout: float | None,
         open_items: int,
         seconds: float | None,
+        highest: int,
     ) -> None:
         self._target = target
         self._items = _endless(items)
@@ -218,43 +253,54 @@ class _Runner:
         self._request_timeout = request_timeout
         self._open_items = open_items
         self._seconds = seconds
-        self._service_seconds: float | None = None
-        self._rate_limited = False
-        self._highest = 1
+        self._highest = highest
+        self._service_seconds = 0.5
+        self._service_spread = 0.5
+        self._proven = False
+        self.probed = False
+        self.rate_limited = False
+        self.hidden_retries = False
 
-    async def probe(self, level: int) -> None:
-        """Warm up at the highest level; learn the service time, and whether a rate limit refuses."""
-        self._highest = level
-        async with self._running(level) as run:
-            await run.warmed_up(None)
-            await run.until(clock() + self._window_seconds(run), lambda: run.refusals.count > 0)
+    async def probe(self) -> None:
+        """Learn the service time from a few calls; then warm up at the highest level and see if it is refused."""
+        self.probed = True
+        few = min(_FEW_CALLS, self._highest)
+        async with self._running(few) as run:
+            await run.until(math.inf, lambda: run.succeeded() >= _FEW_CALLS)
             self._learn(run)
+        self._proven = True
+        async with self._running(self._highest) as run:
+            await run.until(clock() + self._window_seconds(), lambda: run.refusals.count > 0)
+            self.rate_limited = run.refusals.count > 0
 
-    async def measure(
-        self, level: int, order: int, purpose: Purpose, max_429_ratio: float, longer: float | None
-    ) -> Point:
-        """One level, from a known state of the provider's buckets; for `longer` seconds, if that is given."""
-        if self._rate_limited:
-            await self._empty_bucket()
-        async with self._running(level) as run:
+    async def measure(self, step: _Step, order: int) -> Point:
+        """One level, from a known state of the provider's buckets."""
+        window_seconds = step.seconds or self._window_seconds()
+        if self.rate_limited:
+            await self._empty_bucket(step.level, window_seconds)
+        async with self._running(step.level) as run:
             started_at = clock()
             await run.warmed_up(self._service_seconds)
-            window_seconds = longer or self._window_seconds(run)
             meter = _ClientMeter()
             start = clock()
             await run.until(start + window_seconds, lambda: False)
             window = Window(start, clock(), start - started_at, meter.cpu_share(), meter.loop_lag_p99())
             meter.stop()
             self._learn(run)
+            self.rate_limited = self.rate_limited or run.refusals.count > 0
         # Only now, with the rest cancelled and recorded, is it known how long what was in flight at the end ran.
-        return measure(level, run.queue.records(), window, order=order, purpose=purpose, max_429_ratio=max_429_ratio)
+        return measure(step.level, run.queue.records(), window, order=order, purpose=step.purpose)
 
-    async def _empty_bucket(self) -> None:
-        """Spend what a rested bucket holds, at the highest level; then let it refill a little."""
+    async def _empty_bucket(self, level: int, window_seconds: float) -> None:
+        """Spend what a rested bucket holds, at the highest level; then let it refill a little.
+
+        A window brings n = window * level / service calls, give or take cv * sqrt(n) (a renewal count, Cox 1962).
+        """
         async with self._running(self._highest) as run:
             await run.until(clock() + _EMPTYING_SECONDS, lambda: run.refusals.count > 0)
-            window_seconds = self._window_seconds(run)
-        await asyncio.sleep((self._service_seconds or 0.0) + _MARGIN_SHARE * window_seconds)
+        calls = window_seconds * level / self._service_seconds
+        ups_and_downs = _MARGIN_DEVIATIONS * self._service_spread / math.sqrt(calls) * window_seconds
+        await asyncio.sleep(self._service_seconds + ups_and_downs)
 
     @asynccontextmanager
     async def _running(self, level: int) -> AsyncIterator[_Run]:
@@ -262,7 +308,8 @@ class _Runner:
         queue = LLMQueue(level, request_timeout=self._request_timeout, classify=refusals.judge, telemetry=None)
         with using(queue):
             outcomes = self._start(queue, level)
-            run = _Run(queue, refusals, asyncio.create_task(_consume(outcomes)))
+            consuming = _consume(outcomes, proven=self._proven)
+            run = _Run(queue, refusals, asyncio.create_task(consuming))
         try:
             yield run
         finally:
@@ -275,20 +322,24 @@ class _Runner:
         call = self._target
         meta = LLMTaskMeta(getattr(call, "__name__", None))
 
+        async def ungated(item: Any) -> object:
+            with using(None):  # it holds a slot already: what it submits itself must not wait for a second one
+                return await call(item)
+
         async def run_one(_index: int, item: Any) -> object:
-            return await queue.submit(functools.partial(call, item), meta=meta, retry=self._retry)
+            return await queue.submit(functools.partial(ungated, item), meta=meta, retry=self._retry)
 
         return ItemRun(run_one, self._items, lambda: 2 * level)  # as many wait as run: the queue is never empty
 
-    def _window_seconds(self, run: _Run) -> float:
-        if self._seconds is not None:
-            return self._seconds
-        service = self._service_seconds or run.service_seconds() or 0.5
-        return min(20.0, max(2.0, 40.0 * service))
+    def _window_seconds(self) -> float:
+        return self._seconds or min(20.0, max(2.0, 40.0 * self._service_seconds))
 
     def _learn(self, run: _Run) -> None:
-        self._service_seconds = self._service_seconds or run.service_seconds()
-        self._rate_limited = self._rate_limited or run.refusals.count > 0
+        done = run.service_times()
+        if done:
+            self._service_seconds = sum(done) / len(done)
+            self._service_spread = spread(done)
+        self.hidden_retries = self.hidden_retries or run.refusals.hidden_retries
 
 
 class _RateRefusals:
@@ -296,11 +347,15 @@ class _RateRefusals:
 
     def __init__(self) -> None:
         self.count = 0
+        self.hidden_retries = False
 
     def judge(self, error: BaseException) -> Verdict:
-        """`llmq.classify`, counted."""
+        """`llmq.classify`, counted; also sees if the SDK had retried by itself before it gave up."""
         verdict = classify(error)
-        self.count += verdict.limit_type in ("requests", "tokens", "unknown")
+        self.count += verdict.limit_type in RATES
+        request = getattr(getattr(error, "response", None), "request", None)
+        retries = getattr(request, "headers", {}).get("x-stainless-retry-count", "0")
+        self.hidden_retries = self.hidden_retries or retries != "0"
         return verdict
 
 
@@ -312,32 +367,26 @@ class _Run:
         self.refusals = refusals
         self.consumer = consumer
 
-    async def warmed_up(self, service_seconds: float | None) -> None:
+    async def warmed_up(self, service_seconds: float) -> None:
         """Until the level is full and one service time has passed since, or it is plain that it stays unfilled."""
-        started_at = clock()
-        full_at: float | None = None
-        while not self.consumer.done():
-            now = clock()
-            known = service_seconds or self.service_seconds()
-            if full_at is None and self.queue.statistics().in_flight >= self.queue.max_concurrency:
-                full_at = now
-            if full_at is not None and known is not None and now >= full_at + known:
-                return
-            if known is not None and now >= started_at + 2.0 + 5.0 * known:
-                return
-            await asyncio.sleep(_LOOK_SECONDS)
-        self._raise_if_broken()
+        deadline = clock() + 2.0 + 5.0 * service_seconds
+        await self.until(deadline, lambda: self.queue.statistics().in_flight >= self.queue.max_concurrency)
+        await self.until(min(deadline, clock() + service_seconds), lambda: False)
 
     async def until(self, deadline: float, enough: Callable[[], bool]) -> None:
         """Until the deadline, or `enough()`, or there is nothing left to do."""
         while clock() < deadline and not self.consumer.done() and not enough():
-            await asyncio.sleep(min(_LOOK_SECONDS, max(0.0, deadline - clock())))
+            await asyncio.sleep(min(_LOOK_SECONDS, deadline - clock()))
         self._raise_if_broken()
 
-    def service_seconds(self) -> float | None:
-        """Median service time so far; None before the first success."""
+    def succeeded(self) -> int:
+        """Successful calls so far."""
+        return self.queue.statistics().ended[Outcome.SUCCEEDED]
+
+    def service_times(self) -> list[float]:
+        """Of the successful attempts so far, in seconds."""
         records = self.queue.records().attempts
-        return percentile([a.service_seconds for a in records if a.outcome == "ok" and a.service_seconds], 0.5)
+        return [a.service_seconds for a in records if a.outcome == "ok" and a.service_seconds is not None]
 
     def _raise_if_broken(self) -> None:
         if self.consumer.done() and not self.consumer.cancelled():
@@ -377,19 +426,39 @@ class _ClientMeter:
             self._lags.append(max(0.0, time.monotonic() - asked))
 
 
-async def _consume(outcomes: ItemRun[Any, Any]) -> None:
-    """Take outcomes as they come. If nothing but the caller's own errors comes, raise the first: it is a bug."""
+async def _consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
+    """Take outcomes as they come. Until the work is `proven`, raise where nothing succeeds."""
     errors: list[BaseException] = []
     async with outcomes as stream:
         async for outcome in stream:
-            if outcome.error is None:
-                errors = []
+            if proven or outcome.error is None:
                 break
             errors.append(outcome.error)
-            if len(errors) == _ERRORS_TO_GIVE_UP and all(classify(e).kind is Kind.CALLER for e in errors):
-                raise errors[0]
+            verdict = classify(outcome.error)
+            hopeless = _ERRORS_TO_GIVE_UP if verdict.kind in (Kind.CALLER, Kind.QUOTA) else _FAILURES_TO_GIVE_UP
+            if len(errors) >= hopeless:
+                if verdict.kind is Kind.CALLER and verdict.status_code is None:
+                    raise outcome.error  # a bug in the caller's own code
+                raise ProviderError(
+                    f"none of the first {len(errors)} calls succeeded ({describe(outcome.error)}); there is nothing to "
+                    "measure",
+                    status_code=verdict.status_code,
+                ) from outcome.error
         async for _ in stream:
             pass
+
+
+def _checked_levels(levels: Iterable[int]) -> list[int]:
+    found = list(levels) if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]
+    if not found or any(type(level) is not int or level < 1 for level in found):
+        raise ConfigError(f"levels are calls at once, whole numbers, each at least 1; got {levels!r}")
+    return sorted(set(found))
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be more than 0 and finite, got {value}")
+    return value
 
 
 def _endless(items: Iterable[T]) -> Iterator[T]:
@@ -403,5 +472,8 @@ def _endless(items: Iterable[T]) -> Iterator[T]:
     return itertools.cycle(items)
 
 
-def _describe(title: str, seconds: float | None) -> str:
-    return f"{title or 'sweep'}, {'automatic' if seconds is None else f'{seconds:g} s'} a level"
+def _describe(target: object, title: str, seconds: float | None) -> str:
+    """What tells one sweep from another, when it is resumed."""
+    stages = [stage.name for stage in target.stages] if isinstance(target, Pipeline) else []
+    what = "-".join(stages[:4]) or getattr(target, "__name__", "call")
+    return f"{title or 'sweep'}; {what}; {'automatic' if seconds is None else f'{seconds:g} s'} a level"
