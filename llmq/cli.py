@@ -101,8 +101,13 @@ def tune(
         wanted = _levels(levels)
         items = read_services(services) if services else sample_services()
         target = "single calls" if single_calls else "plateau pipeline"
+        read_catalogues(settings.catalogues_dir)
         if dry_run:
-            _say_plan(settings, f"{target}, {len(items)} services over and over, at {len(wanted)} levels: {levels}")
+            each = "the usual time" if seconds is None else f"{seconds:g} s"
+            what = f"{target}, {len(items)} services over and over"
+            _say_plan(
+                settings, what, f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
+            )
             return
         from llmq.tune.sweep import sweep
 
@@ -127,9 +132,12 @@ def tune(
         answer = found.recommend()
         typer.echo(str(found))
         typer.echo(str(answer))
-        (out / "table.txt").write_text(str(found), encoding="utf-8")
-        (out / "recommendation.txt").write_text(f"{answer}\n", encoding="utf-8")
-        found.plot().savefig(out / "sweep.png", dpi=150)
+        try:
+            (out / "table.txt").write_text(str(found), encoding="utf-8")
+            (out / "recommendation.txt").write_text(f"{answer}\n", encoding="utf-8")
+            found.plot().savefig(out / "sweep.png", dpi=150)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {out}: {error.strerror or error}; the points are safe") from None
         typer.echo(f"Picture: {out / 'sweep.png'}   points: {out / 'points.csv'}")
         if answer.level is None:
             raise typer.Exit(1)
@@ -158,8 +166,14 @@ def run(
         known = read_catalogues(settings.catalogues_dir)
         each = CALLS_PER_SERVICE if generator is GeneratorChoice.plateaus else 1
         if dry_run:
-            _say_plan(settings, f"{generator.value} of {len(found)} services: {len(found)} x {each} calls")
+            if settings.llm_queue_enabled:
+                how = f"through the queue, at most {settings.llm_queue_concurrency} at once"
+            else:
+                how = f"without the queue, {settings.concurrency} services at once"
+            _say_plan(settings, f"{generator.value} of {len(found)} services: {len(found)} x {each} calls", how)
             return
+        if out.exists() and out.samefile(services):
+            raise ConfigError(f"--out and --services are the same file, {out}")
         RuntimeEnv.reset()
         RuntimeEnv.initialize(settings)
         warning = narrower_than_off(settings)
@@ -197,12 +211,10 @@ def doctor(config: Config = None) -> None:
 
 
 def _spec_help() -> str:
-    lines = [f"- `{name}` ({field.default!r}): {field.description}" for name, field in _spec_fields()]
-    return "\n".join(lines)
-
-
-def _spec_fields() -> list[tuple[str, Any]]:
-    return list(ProviderSpec.model_fields.items())
+    defaults = ProviderSpec().model_dump()
+    return "\n".join(
+        f"- `{name}` ({defaults[name]!r}): {field.description}" for name, field in ProviderSpec.model_fields.items()
+    )
 
 
 @provider_app.command()
@@ -213,7 +225,10 @@ def serve(
     spec_json: Annotated[str | None, typer.Option(hidden=True)] = None,
     until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
 ) -> None:
-    """Serve the simulated provider over HTTP, OpenAI-compatible, until interrupted."""
+    """Serve the simulated provider over HTTP, OpenAI-compatible, until interrupted.
+
+    Example: `llmq provider serve --port 8399 --simulate requests_per_minute=300`
+    """
     with _told():
         spec = ProviderSpec.model_validate_json(spec_json) if spec_json else _spec(ProviderSpec(), simulate)
         try:
@@ -291,16 +306,12 @@ def _levels(text: str) -> list[int]:
         raise ConfigError(f"--levels takes whole numbers, like '1 2 4 8'; got {text!r}") from None
 
 
-def _say_plan(settings: Settings, what: str) -> None:
+def _say_plan(settings: Settings, what: str, how: str) -> None:
     where = (
         "the simulated provider: no key, no cost"
         if settings.provider == "simulated"
         else f"{settings.base_url or 'the OpenAI endpoint'}, key from {settings.api_key_env}"
     )
-    if settings.llm_queue_enabled:
-        how = f"through the queue, at most {settings.llm_queue_concurrency} calls at once"
-    else:
-        how = f"without the queue, {settings.concurrency} services at once"
     typer.echo(f"Would run: {what}\nProvider: {where}, model {settings.model}\nCalls go {how}")
 
 
@@ -323,10 +334,19 @@ async def _tuned_client(settings: Settings, in_process: bool) -> AsyncIterator[t
         with _served(settings.simulate) as server:
             served = settings.model_copy(update={"provider": "openai", "base_url": server.url})
             async with _client(served) as client:
-                yield client, "the simulated provider over HTTP"
+                yield client, f"the simulated provider over HTTP{_changed(settings.simulate)}"
         return
     async with _client(settings) as client:
-        yield client, "the simulated provider" if settings.provider == "simulated" else str(settings.base_url)
+        if settings.provider == "simulated":
+            yield client, f"the simulated provider{_changed(settings.simulate)}"
+        else:
+            yield client, f"{settings.base_url or 'the OpenAI endpoint'}, {settings.model}"
+
+
+def _changed(spec: ProviderSpec) -> str:
+    """What is not the default, in brackets."""
+    changed = spec.model_dump(exclude_defaults=True)
+    return f" ({', '.join(f'{name}={value}' for name, value in changed.items())})" if changed else ""
 
 
 def _served(spec: ProviderSpec) -> Any:

@@ -13,7 +13,6 @@ workers back. An error belongs to its item. There is no task per item.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 from anyio.abc import TaskGroup
 
-from llmq.waiters import cancellation_requested, in_trio_run
+from llmq.waiters import in_trio_run, is_own_cancellation
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,8 +89,12 @@ class ItemRun(Generic[T, R]):
             await _stop(self._tasks)
             return
         self._nursery.cancel_scope.cancel()
-        with contextlib.suppress(BaseExceptionGroup):  # the body's own exception, wrapped: it goes on as it is
+        try:
             await self._nursery.__aexit__(exc_type, exc, traceback)
+        except BaseExceptionGroup:
+            if self._state.failure is not None:
+                raise self._state.failure from None
+            # else it is the body's own exception, wrapped: that goes on as it is
 
     async def __aiter__(self) -> AsyncIterator[ItemOutcome[T, R]]:
         if in_trio_run():
@@ -143,7 +146,7 @@ class _State(Generic[T, R]):
         self._spawn: Callable[[], object] = lambda: None
         self._workers = 0
         self._exhausted = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._pulled = 0
         self._handed = 0
         self._done: dict[int, ItemOutcome[T, R]] = {}
@@ -183,7 +186,7 @@ class _State(Generic[T, R]):
                 self._changed.set()
                 self.fill()
         except BaseException as error:
-            if isinstance(error, Exception) or not (self.closing or cancellation_requested()):
+            if not self.closing and not is_own_cancellation(error):
                 self._fail(error)
             if not isinstance(error, Exception):
                 raise
@@ -198,14 +201,14 @@ class _State(Generic[T, R]):
             return ItemOutcome[T, R](index, item, error=error)
         except asyncio.CancelledError as error:
             # That of something the call awaited is the item's failure; one that was meant for us is obeyed.
-            if self.closing or cancellation_requested():
+            if self.closing or is_own_cancellation(error):
                 raise
             return ItemOutcome[T, R](index, item, error=error)
 
     def _fail(self, error: BaseException) -> None:
         """End the run: the reader gets what is done, then the error."""
         self._exhausted = True
-        self._failure = self._failure or error
+        self.failure = self.failure or error
 
     def __aiter__(self) -> _State[T, R]:
         return self
@@ -215,8 +218,8 @@ class _State(Generic[T, R]):
         self.fill()
         while (outcome := self._take()) is None:
             if self._exhausted and (self._workers == 0 or self._broken()):
-                if self._failure is not None:
-                    raise self._failure
+                if self.failure is not None:
+                    raise self.failure
                 raise StopAsyncIteration
             self._changed = anyio.Event() if self._changed.is_set() else self._changed
             await self._changed.wait()
@@ -226,7 +229,7 @@ class _State(Generic[T, R]):
 
     def _broken(self) -> bool:
         """Whether a worker ended by something that is no ordinary error: nothing more is waited for."""
-        return self._failure is not None and not isinstance(self._failure, Exception)
+        return self.failure is not None and not isinstance(self.failure, Exception)
 
     def _take(self) -> ItemOutcome[T, R] | None:
         if self._ordered:

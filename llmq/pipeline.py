@@ -28,7 +28,7 @@ from llmq.items import ItemRun
 from llmq.queue import LLMQueue
 from llmq.retry import Retry, unqueued
 from llmq.runtime import RuntimeEnv, active_queue, using
-from llmq.waiters import cancellation_requested
+from llmq.waiters import is_own_cancellation
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Pipeline:
                 else:
                     results[stage.name] = await call()
             except BaseException as error:
-                if not isinstance(error, Exception) and cancellation_requested():
+                if is_own_cancellation(error):
                     raise
                 failures.append(error)
                 group.cancel_scope.cancel()  # what the item's other stages would bring is lost anyway

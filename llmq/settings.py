@@ -157,7 +157,10 @@ def parse_assignments(pairs: Iterable[str], model: type[BaseModel]) -> dict[str,
         if not equals:
             raise ConfigError(f"expected NAME=VALUE, got {pair!r}")
         _refuse_unknown([name], model.model_fields, "option")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: cannot read {value!r}; mappings are written as {{a: 1}}") from None
     return found
 
 
@@ -166,7 +169,7 @@ def _config_path(named: str | os.PathLike[str] | None) -> Path | None:
         return DEFAULT_CONFIG_FILE if DEFAULT_CONFIG_FILE.is_file() else None
     path = Path(named)
     if not path.is_file():
-        raise ConfigError(f"the configuration file {path} is not there")
+        raise ConfigError(f"the configuration file {path} is {'a folder' if path.is_dir() else 'not there'}")
     return path
 
 

@@ -14,6 +14,8 @@ import time
 from asyncio import AbstractEventLoop
 from typing import TYPE_CHECKING, Protocol
 
+import anyio
+
 if TYPE_CHECKING:
     from trio.lowlevel import TrioToken
 
@@ -137,11 +139,13 @@ def new_waiter() -> AsyncWaiter:
     raise RuntimeError("no asyncio or trio event loop runs here; from a plain thread use submit_sync()")
 
 
-def cancellation_requested() -> bool:
-    """Whether somebody asked the current task to stop.
+def is_own_cancellation(error: BaseException) -> bool:
+    """Whether `error` is the current task being told to stop.
 
-    On asyncio a task can see a CancelledError that is not its own: that of something it awaited. On trio it cannot.
+    On asyncio a task can also see a CancelledError that is not its own: that of something it awaited.
     """
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
     if in_trio_run():
         return True
     task = asyncio.current_task()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmq import RuntimeEnv, Settings
-from llmq.errors import AnswerError, InputError
+from llmq.errors import AnswerError, ConfigError, InputError
 from llmq.generators.conversation import AnswerCache, ConversationSession, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, read_models
 from llmq.generators.plateaus import CALLS_PER_SERVICE, PLATEAUS, plateau_pipeline
@@ -158,6 +158,8 @@ async def test_resume_skips_what_is_done_retries_what_failed_and_counts_what_is_
     assert first.quarantined
     with Path("out.jsonl").open("a") as file:
         file.write('{"service_id": "torn')
+    with Path("out.jsonl.calls.jsonl").open("a") as file:
+        file.write('{"serv')
     with Path("out.jsonl.quarantine.jsonl").open("a") as file:
         file.write('{"service_id": "torn')
     again, _ = await generate("out.jsonl", resume=True)
@@ -189,9 +191,24 @@ async def test_a_second_run_on_the_same_file_is_refused(monkeypatch):
 
 
 async def test_what_is_no_record_is_not_resumed():
-    Path("out.jsonl").write_text('{"service_id": "a"}\n{"service_id": "a"}\n')
-    with pytest.raises(InputError, match=r"out\.jsonl, line 2: not a record"):
+    Path("out.jsonl").write_text('{"service_id": "a", "plateaus": []}\n' * 2)
+    with pytest.raises(InputError, match=r"out\.jsonl, line 2: not a record of plateaus"):
         await generate("out.jsonl", resume=True)
+    await generate("other.jsonl", generator="ambitions")
+    with pytest.raises(InputError, match=r"other\.jsonl, line 1: not a record of plateaus"):
+        await generate("other.jsonl", resume=True)
+    Path("notes.txt").write_text("my precious")
+    with pytest.raises(InputError, match="left as it is"):
+        await generate("notes.txt", resume=True)
+    assert Path("notes.txt").read_text() == "my precious"
+
+
+@pytest.mark.parametrize("settings", [{"cache_mode": "write", "cache_dir": "/proc/x"}, {"transcripts_dir": "/proc/x"}])
+async def test_a_folder_that_cannot_be_written_is_told_before_the_first_call(settings):
+    provider = SimulatedProvider()
+    with pytest.raises(ConfigError, match="cannot write to /proc/x"):
+        await generate("out.jsonl", provider=provider, **settings)
+    assert provider.stats()["requests"] == 0
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -220,10 +237,12 @@ async def test_read_uses_and_never_writes_and_a_torn_file_is_asked_again():
     await generate("a.jsonl", cache_mode="read", **options)
     assert not Path(".llmq/cache").exists()
     await generate("b.jsonl", cache_mode="write", **options)
-    torn, *_ = sorted(Path(".llmq/cache").rglob("*.json"))
+    torn, null, junk, *_ = sorted(Path(".llmq/cache").rglob("*.json"))
     torn.write_text('{"conte')
+    null.write_text('{"content": null}')
+    junk.write_text('{"content": "junk"}')
     report, _ = await generate("c.jsonl", cache_mode="read", **options)
-    assert report.calls == 1
+    assert (report.finished, report.calls) == (1, 3)
 
 
 async def test_transcripts_are_the_same_in_both_modes_and_off_by_default():
@@ -319,8 +338,16 @@ def test_jsonl_lines_are_refused_with_file_and_number(tmp_path):
 def test_a_torn_line_is_cut_off(tmp_path, text, kept, dropped):
     path = tmp_path / "file"
     path.write_text(text)
-    assert drop_torn_line(path) == dropped
+    assert drop_torn_line(path, text[len(kept) :][:3].encode()) == dropped
     assert path.read_text() == kept
+
+
+def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my precious only line without newline")
+    with pytest.raises(InputError, match="left as it is"):
+        drop_torn_line(path, b'{"service_id": "')
+    assert path.read_text() == "my precious only line without newline"
 
 
 def test_catalogues_are_checked(tmp_path):

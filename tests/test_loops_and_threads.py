@@ -10,9 +10,9 @@ import anyio
 import pytest
 import trio
 
-from llmq import LLMQueue
+from llmq import LLMQueue, Retry
 from llmq.core import Outcome
-from llmq.errors import QueueTimeout
+from llmq.errors import ProviderError, QueueTimeout
 
 PATIENCE = 30
 
@@ -229,3 +229,103 @@ def test_random_cancellations_over_four_threads_lose_nothing():
     outcomes = [o.outcome for o in queue.records().operations]
     assert len(outcomes) == 1200
     assert set(outcomes) <= {"ok", "cancelled"}
+
+
+def test_reading_statistics_from_another_thread_loses_no_wake_up():
+    queue, stop = LLMQueue(2, telemetry=None), threading.Event()
+
+    def dashboard():
+        while not stop.is_set():
+            queue.statistics()
+
+    async def main():
+        async def one():
+            for _ in range(200):
+                await queue.submit(functools.partial(asyncio.sleep, 0))
+
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*[one() for _ in range(10)])
+
+    with ThreadPoolExecutor(2) as pool:
+        watching = [pool.submit(dashboard) for _ in range(2)]
+        try:
+            asyncio.run(main())
+        finally:
+            stop.set()
+        for future in watching:
+            future.result(PATIENCE)
+    assert_idle(queue)
+
+
+def held_by_a_loop(queue, factory, **options):
+    """A loop with a task that holds the queue's slot, and the task."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(queue.submit(factory, **options))
+    loop.run_until_complete(asyncio.sleep(0))
+    return loop, task
+
+
+def ends_late(task):
+    """The end of a task whose loop is closed: it must change nothing any more."""
+    task._log_destroy_pending = False
+    task.get_coro().close()
+
+
+def test_a_loop_that_dies_while_others_wait_gives_its_slot_to_them():
+    queue = LLMQueue(1, telemetry=None)
+    loop, kept = held_by_a_loop(queue, functools.partial(asyncio.sleep, PATIENCE))
+
+    async def main():
+        waiting = asyncio.create_task(queue.submit(functools.partial(asyncio.sleep, 0, "ran")))
+        await asyncio.sleep(0)
+        loop.close()
+        async with asyncio.timeout(PATIENCE):
+            await queue.submit(functools.partial(asyncio.sleep, 0))  # notices
+            return await waiting
+
+    assert asyncio.run(main()) == "ran"
+    ends_late(kept)
+    assert_idle(queue)
+
+
+def test_a_loop_that_dies_in_a_back_off_ends_its_hold():
+    queue = LLMQueue(1, telemetry=None)
+
+    async def refused():
+        raise ProviderError("", status_code=429, headers={"retry-after": "1000"})
+
+    loop, kept = held_by_a_loop(queue, refused, retry=Retry(2))
+    assert queue.statistics().held_keys == (None,)
+    loop.close()
+
+    async def main():
+        async with asyncio.timeout(PATIENCE):
+            await queue.submit(functools.partial(asyncio.sleep, 0))
+
+    asyncio.run(main())
+    ends_late(kept)
+    assert_idle(queue)
+
+
+def test_a_slot_in_use_is_not_taken_from_its_holder_when_the_loop_of_its_birth_closes():
+    queue = LLMQueue(1, telemetry=None, queue_timeout=0.2)
+    loop = asyncio.new_event_loop()
+    slot = loop.run_until_complete(queue.slot().__aenter__())
+    loop.close()
+    with pytest.raises(QueueTimeout):
+        asyncio.run(queue.submit(functools.partial(asyncio.sleep, 0)))
+    slot.release()
+    assert_idle(queue)
+
+
+def test_a_thread_is_woken_by_a_collection():
+    queue = LLMQueue(1, telemetry=None, queue_timeout=PATIENCE)
+    slot = asyncio.run(queue.slot().__aenter__())
+    cycle = [slot]
+    cycle.append(cycle)
+    del slot, cycle
+    timer = threading.Timer(0.05, gc.collect)
+    timer.start()
+    assert queue.submit_sync(str.upper, "ran") == "RAN"
+    timer.join()
+    assert_idle(queue)

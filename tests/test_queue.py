@@ -1,3 +1,4 @@
+import asyncio
 import functools
 
 import anyio
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from llmq import LLMQueue, LLMTaskMeta, Priority, Retry
 from llmq.core import Outcome
 from llmq.errors import ProviderError, QueueDrainingError, QueueTimeout, RequestTimeout
+from llmq.retry import Kind, Verdict
 
 pytestmark = pytest.mark.anyio
 
@@ -580,6 +582,181 @@ async def test_submit_sync_refuses_to_block_a_loop():
 async def test_time_outs_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be more than 0 seconds"):
         make_queue(**{name: 0})
+
+
+async def test_a_call_that_sees_a_foreign_cancellation_fails_alone(anyio_backend_name):
+    """Its CancelledError is not ours: the item has an error, the others go on."""
+    if anyio_backend_name == "trio":
+        return  # there a task sees no cancellation but its own
+    token = asyncio.create_task(asyncio.sleep(30))
+    queue = make_queue(3)
+
+    async def call(number):
+        await anyio.sleep(0.01 * number)
+        if number == 3:
+            token.cancel()
+        if number == 5:
+            await token
+        return number
+
+    for ordered in (False, True):
+        seen = {}
+        async with queue.map(call, range(20), ordered=ordered) as outcomes:
+            async for outcome in outcomes:
+                seen[outcome.item] = outcome.error
+        assert sorted(seen) == list(range(20))
+        assert [n for n, error in seen.items() if isinstance(error, asyncio.CancelledError)] == [5]
+    assert_idle(queue)
+
+
+class Stop(BaseException):
+    pass
+
+
+async def test_what_is_no_ordinary_exception_ends_the_run_and_comes_out():
+    queue = make_queue(2)
+
+    async def call(number):
+        await anyio.sleep(1)
+        if number == 3:
+            raise Stop
+        return number
+
+    with pytest.raises(Stop):
+        async with queue.map(call, range(100)) as outcomes:
+            async for _ in outcomes:
+                pass
+    assert_idle(queue)
+
+
+async def test_a_call_that_turns_cancellation_into_an_error_does_not_keep_a_run_open(anyio_backend_name):
+    if anyio_backend_name == "trio":
+        return  # trio forbids to swallow its Cancelled
+    queue, started = make_queue(2), []
+
+    async def call(number):
+        started.append(number)
+        try:
+            await anyio.sleep(10)
+        except BaseException:
+            raise RuntimeError("request aborted") from None
+
+    with anyio.move_on_after(3) as scope:
+        async with queue.map(call, range(1000)) as outcomes:
+            async for _ in outcomes:
+                pass
+    assert scope.cancelled_caught
+    assert len(started) == 2, "nothing more was started while it closed"
+    assert_idle(queue)
+
+
+class Lazy(Exception):
+    """Answers every question with a KeyError, as some RPC errors do."""
+
+    def __getattr__(self, name):
+        return {}[name]
+
+
+@pytest.mark.parametrize("classify", [lambda error: None, lambda error: {}["x"], None])
+async def test_no_exception_and_no_classify_costs_a_slot(classify):
+    queue = make_queue(1) if classify is None else make_queue(1, classify=classify)
+
+    async def fail():
+        raise Lazy
+
+    for retry in (None, Retry(3), 5):
+        with pytest.raises(Lazy):
+            await queue.submit(fail, retry=retry)
+    assert_idle(queue)
+    assert {o.outcome for o in queue.records().operations} == {"error"}
+
+
+async def test_a_long_outage_does_not_overflow():
+    queue = make_queue(1)
+
+    async def down():
+        raise ConnectionError("down")
+
+    with pytest.raises(ConnectionError):
+        await queue.submit(down, retry=Retry(1200, base=1e-9, cap=1e-9))
+    assert_idle(queue)
+
+
+async def test_a_classify_that_retries_everything_does_not_retry_a_cancellation():
+    queue = make_queue(1, classify=lambda error: Verdict(Kind.TRANSIENT))
+    with anyio.move_on_after(0.5) as scope:
+        await queue.submit(Calls(), retry=Retry(2, base=0, cap=0))
+    assert scope.cancelled_caught
+    assert len(queue.records().attempts) == 1
+    assert_idle(queue)
+
+
+@pytest.mark.parametrize("meta", [{"rank": None}, {"model_name": ["gpt"]}, {"priority": "high"}])
+async def test_bad_metadata_costs_nobody_but_its_caller(meta):
+    queue, calls = make_queue(1), Calls()
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(queue.submit, calls)
+        await anyio.sleep(0.5)
+        with pytest.raises(TypeError):
+            await queue.submit(calls, meta=LLMTaskMeta(**meta))
+        group.start_soon(queue.submit, calls)
+    assert calls.total == 4
+    await queue.drain(1)
+    assert_idle(queue)
+
+
+async def test_a_hold_is_lifted_on_the_model_it_was_put_on():
+    queue = make_queue(1)
+    meta = LLMTaskMeta(model_name="big")
+
+    async def fall_back():
+        if meta.model_name == "big":
+            meta.model_name = "small"
+            raise ProviderError("", status_code=429, headers={"retry-after": "1"})
+
+    await queue.submit(fall_back, meta=meta, retry=Retry(3))
+    assert queue.statistics().held_keys == ()
+
+
+async def test_map_uses_a_grown_cap_at_once():
+    queue, calls = make_queue(1), Calls()
+    grown = []
+
+    async def grow():
+        await anyio.sleep(1)
+        queue.resize(5)
+        await anyio.sleep(1)
+        grown.append(calls.now)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(grow)
+        async with queue.map(lambda _: calls(60), range(5)) as outcomes:
+            assert len([o async for o in outcomes]) == 5
+    assert grown == [5]
+
+
+async def test_a_slot_that_is_never_entered_is_nothing():
+    queue = make_queue(1)
+    queue.slot()
+    assert_idle(queue)
+    assert queue.records().operations == []
+
+
+async def test_a_drain_that_gave_up_leaves_nothing_behind():
+    queue, calls = make_queue(1), Calls()
+    async with anyio.create_task_group() as group:
+        group.start_soon(queue.submit, calls)
+        await anyio.sleep(0.5)
+        with pytest.raises(QueueTimeout):
+            await queue.drain(0.1)
+        assert queue._drainers == []
+
+
+@pytest.mark.parametrize("limit", [2.5, float("nan"), "3"])
+async def test_a_cap_is_a_whole_number(limit):
+    with pytest.raises(TypeError):
+        make_queue(limit)
 
 
 STEPS = st.lists(

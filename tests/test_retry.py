@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmq.core import Outcome
 from llmq.errors import ProviderError, QueueTimeout, RequestTimeout
-from llmq.retry import Kind, Retry, Verdict, classify, unqueued
+from llmq.retry import Kind, Retry, Verdict, classify, describe, unqueued
 
 
 class SDKError(Exception):
@@ -97,6 +97,26 @@ def test_only_refusals_count_against_a_limit():
     assert classify(SDKError(529)).outcome is Outcome.REJECTED
     assert classify(SDKError(400)).outcome is Outcome.IGNORED
     assert classify(KeyboardInterrupt()).outcome is Outcome.IGNORED
+
+
+def test_httpx2_keeps_its_status_on_the_response():
+    import httpx2
+
+    request = httpx2.Request("GET", "http://127.0.0.1")
+    with pytest.raises(httpx2.HTTPStatusError) as caught:
+        httpx2.Response(429, headers={"Retry-After": "3"}, request=request).raise_for_status()
+    assert (classify(caught.value).kind, classify(caught.value).retry_after_seconds) == (Kind.RATE, 3.0)
+
+
+def test_a_bad_retry_after_ms_does_not_hide_a_good_retry_after():
+    assert classify(SDKError(429, headers={"retry-after-ms": "x", "RETRY-AFTER": "3"})).retry_after_seconds == 3.0
+
+
+def test_what_is_said_of_a_failure_holds_no_message():
+    assert describe(SDKError(429, {"type": "tokens"})) == "rate, status 429, limit on tokens"
+    assert describe(ProviderError("sk-secret", status_code=401)) == "caller, status 401"
+    assert describe(PermissionError(13, "Permission denied", "/secret/path")) == "Permission denied"
+    assert describe(RequestTimeout("ran longer")) == "ran longer"
 
 
 @given(st.integers(-1, 1000), st.none() | st.text() | st.dictionaries(st.text(), st.text() | st.integers()), st.text())

@@ -44,7 +44,8 @@ class AnswerCache:
             found = json.loads(self._path(request).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None  # not there, or torn by a crash: ask again
-        return str(found["content"]) if isinstance(found, dict) and "content" in found else None
+        content = found.get("content") if isinstance(found, dict) else None
+        return content if isinstance(content, str) else None
 
     def put(self, request: ChatRequest, content: str) -> None:
         """Keep an answer, whole or not at all."""
@@ -124,16 +125,27 @@ class ConversationSession:
             self._stage,
             context.service_id,
         )
-        content = context.cache.get(request) if context.cache is not None else None
-        cached = content is not None
-        if content is None:
+        found = self._cached(request, answer)
+        if found is None:
             content = (await self._send(request)).content
-        parsed = content if answer is None else _parse(answer, content, self._stage)
-        if context.cache is not None and not cached:
-            context.cache.put(request, content)
+            parsed = content if answer is None else _parse(answer, content, self._stage)
+            if context.cache is not None:
+                context.cache.put(request, content)
+        else:
+            content, parsed = found
         if context.transcript is not None:
-            context.transcript.add(self._stage, request, content, cached)
+            context.transcript.add(self._stage, request, content, found is not None)
         return parsed
+
+    def _cached(self, request: ChatRequest, answer: type[M] | None) -> tuple[str, M | str] | None:
+        """The kept answer, as text and as an `answer`; None where there is none that is still of use."""
+        content = None if self._context.cache is None else self._context.cache.get(request)
+        if content is None:
+            return None
+        try:
+            return content, content if answer is None else _parse(answer, content, self._stage)
+        except AnswerError:
+            return None
 
     async def _send(self, request: ChatRequest) -> ChatAnswer:
         context = self._context

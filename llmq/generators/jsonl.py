@@ -15,12 +15,15 @@ from llmq.errors import InputError
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1 and objects; blank lines are passed over. Raises `InputError`."""
+def read_lines(path: Path, *, whole: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1 and objects; blank lines are passed over. Raises `InputError`.
+
+    With `whole`, a last line that is not ended is passed over too: it was torn by a crash.
+    """
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
+                if not line.strip() or (whole and not line.endswith("\n")):
                     continue
                 try:
                     found = json.loads(line)
@@ -51,22 +54,31 @@ def read_models(path: Path, model: type[M], key: str) -> Iterator[M]:
         yield parsed
 
 
-def drop_torn_line(path: Path) -> int:
-    """Cut what follows the last line end off, left there by a crash; returns how many bytes that was."""
+def drop_torn_line(path: Path, start: bytes) -> int:
+    """Cut what follows the last line end off, left there by a crash; returns how many bytes that was.
+
+    Only if it is the beginning of a line that starts with `start`; else it is not ours, and `InputError` is raised.
+    """
     with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            block = file.read(end - start)
-            found = block.rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
+        end = _end_of_last_line(file)
+        file.seek(end)
+        tail = file.read()
+        if tail[: len(start)] != start[: len(tail)]:
+            raise InputError(f"{path} does not end in a line of a run of llmq; it is left as it is")
         file.truncate(end)
-        return size - end
+        return len(tail)
+
+
+def _end_of_last_line(file: IO[bytes]) -> int:
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def write_line(file: IO[str], record: dict[str, Any]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from llmq.errors import InputError
+from llmq.errors import ConfigError, InputError
 from llmq.generators.ambitions import ambitions_pipeline, ambitions_record
 from llmq.generators.conversation import AnswerCache, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, write_line
@@ -27,6 +28,7 @@ from llmq.retry import describe
 from llmq.settings import Settings
 
 GeneratorName = Literal["plateaus", "ambitions"]
+_LINE_START = b'{"service_id": "'
 _GENERATORS = {
     "plateaus": (plateau_pipeline, plateau_record),
     "ambitions": (ambitions_pipeline, ambitions_record),
@@ -72,7 +74,8 @@ async def run_services(
     Raises `InputError` if OUT is there and `resume` is not set, or another run writes to it.
     """
     started_at = time.monotonic()
-    files = _Files(out)
+    files = _Files(out, generator)
+    _check_folders(settings)
     make_pipeline, make_record = _GENERATORS[generator]
     pipeline = make_pipeline(client, catalogues)
     with files.opened({service.service_id for service in services}, resume=resume) as handles:
@@ -116,6 +119,21 @@ def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) ->
     )
 
 
+def _check_folders(settings: Settings) -> None:
+    """Refuse a folder that cannot be written to before the first call is paid for."""
+    folders = [settings.transcripts_dir]
+    if settings.cache_mode in ("write", "refresh"):
+        folders.append(settings.cache_dir)
+    for folder in folders:
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
 def _quarantine_line(service: Service, error: BaseException) -> dict[str, Any]:
     return {
         "service_id": service.service_id,
@@ -135,8 +153,9 @@ class _Handles(NamedTuple):
 class _Files:
     """OUT and the two files beside it."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, field: str) -> None:
         self.out = out
+        self._field = field
         self.quarantine = Path(f"{out}.quarantine.jsonl")
         self.calls = Path(f"{out}.calls.jsonl")
 
@@ -151,9 +170,9 @@ class _Files:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 records = stack.enter_context(self.out.open("a", encoding="utf-8"))
                 _lock(records, self.out)
-                for path in there:
-                    drop_torn_line(path)
                 done = self._done()
+                for path in there:
+                    drop_torn_line(path, _LINE_START)
                 if self.quarantine in there:
                     self._forget_quarantined(ids | done)
                 quarantined = stack.enter_context(self.quarantine.open("a", encoding="utf-8"))
@@ -165,16 +184,19 @@ class _Files:
     def _done(self) -> set[str]:
         """The services whose record is written."""
         done: set[str] = set()
-        for number, record in read_lines(self.out):
+        for number, record in read_lines(self.out, whole=True):
             service_id = record.get("service_id")
-            if not isinstance(service_id, str) or service_id in done:
-                raise InputError(f"{self.out}, line {number}: not a record of a run (service_id {service_id!r})")
+            if not isinstance(service_id, str) or service_id in done or self._field not in record:
+                raise InputError(
+                    f"{self.out}, line {number}: not a record of {self._field} (service_id {service_id!r}); choose "
+                    "another --out"
+                )
             done.add(service_id)
         return done
 
     def count_calls(self) -> tuple[int, int]:
         """Calls sent, and how many of them for the same service and stage as an earlier one."""
-        sent = [(line["service_id"], line["stage"]) for _, line in read_lines(self.calls)]
+        sent = [(line.get("service_id"), line.get("stage")) for _, line in read_lines(self.calls)]
         return len(sent), len(sent) - len(set(sent))
 
     def _forget_quarantined(self, ids: set[str]) -> None:

@@ -42,6 +42,9 @@ class OpenAICompatibleClient:
             timeout=None,  # the queue's request_timeout is the one that counts
             http_client=_http_client(),
         )
+        if self.is_loopback:  # nor the other things that the SDK takes from the environment
+            self._client.organization = self._client.project = None
+            self._client._custom_headers = {}
 
     async def complete(self, request: ChatRequest) -> ChatAnswer:
         """Ask once. Raises the SDK's errors, and `AnswerError` where there is no text."""

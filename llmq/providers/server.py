@@ -54,18 +54,21 @@ def create_app(provider: SimulatedProvider) -> Starlette:
             chat = _chat_request(body, request)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return _error(400, f"cannot read the request: {error!r}", "invalid_request_error")
-        exchange = provider.begin(chat, time.monotonic())
+        try:
+            exchange = provider.begin(chat, time.monotonic())
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            return _error(400, f"cannot follow the schema: {error!r}", "invalid_request_error")
         if exchange.refused is not None:
             await asyncio.sleep(exchange.seconds)
             provider.end(exchange, 429, time.monotonic())
             return JSONResponse({"error": exchange.body_of_refusal}, 429, headers=exchange.headers)
         assert exchange.plan is not None
         if body.get("stream") and exchange.plan.fault not in ("error", "timeout"):
-            return StreamingResponse(
-                _stream(provider, exchange, exchange.plan), media_type="text/event-stream", headers=exchange.headers
-            )
+            usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            events = _stream(provider, exchange, exchange.plan, usage=usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=exchange.headers)
         if not await _sleep_while_connected(request, exchange.seconds):
             provider.end(exchange, 0, time.monotonic())
             return Response(status_code=_CLIENT_GONE)
@@ -206,8 +209,8 @@ async def _cut(content: bytes) -> AsyncIterator[bytes]:
     raise _Cut
 
 
-async def _stream(provider: SimulatedProvider, exchange: Exchange, plan: Plan) -> AsyncIterator[bytes]:
-    """The answer in pieces, spread over its service time."""
+async def _stream(provider: SimulatedProvider, exchange: Exchange, plan: Plan, *, usage: bool) -> AsyncIterator[bytes]:
+    """The answer in pieces, spread over its service time; with `usage` a last chunk that tells the tokens."""
     status = 0
     try:
         text = plan.answer.content
@@ -218,10 +221,11 @@ async def _stream(provider: SimulatedProvider, exchange: Exchange, plan: Plan) -
             if plan.fault == "cut" and number >= len(pieces) // 2:
                 status = 200
                 raise _Cut
-            yield _event(_chunk(exchange, {"role": "assistant", "content": piece}))
-        last = _chunk(exchange, {}, finish_reason="stop")
-        last["usage"] = _usage(plan)
-        yield _event(last)
+            role = {} if number else {"role": "assistant"}
+            yield _event(_chunk(exchange, {**role, "content": piece}))
+        yield _event(_chunk(exchange, {}, finish_reason="stop"))
+        if usage:
+            yield _event({**_chunk(exchange, {}), "choices": [], "usage": _usage(plan)})
         yield b"data: [DONE]\n\n"
         status = 200
     finally:
@@ -269,4 +273,5 @@ def _usage(plan: Plan) -> dict[str, int]:
 
 
 def _error(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": None}}, status, headers=headers)
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers=headers)

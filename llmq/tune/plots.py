@@ -41,7 +41,7 @@ def plot_sweep(sweep: Sweep) -> SweepFigure:
     refusals = figure.add_subplot(grid[1, 0], sharex=goodput)
     times = figure.add_subplot(grid[:, 1])
     answer = sweep.recommend()
-    figure.suptitle(_title(sweep.title, answer.level), fontsize=12, x=0.01, ha="left")
+    figure.suptitle(_title(sweep.title, answer.level), fontsize=11, x=0.01, ha="left")
     if points:
         _draw_goodput(goodput, points, sweep)
         _draw_refusals(refusals, points, sweep.bounds.max_429_ratio)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llmq.errors import ConfigError
 from llmq.tune.point import Point
 from llmq.tune.statistics import SAMPLES_FOR_P95
 
@@ -29,6 +30,13 @@ class Bounds:
     max_429_ratio: float = 0.01
     max_error_ratio: float = 0.01
     slo_p95: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_429_ratio", "max_error_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.slo_p95 is not None and not self.slo_p95 > 0:
+            raise ConfigError(f"slo_p95 must be more than 0 seconds, got {self.slo_p95}")
 
     def broken_by(self, point: Point) -> str | None:
         """Which bound a point breaks, in words, or None."""
