@@ -140,9 +140,7 @@ def test_a_short_clean_window_next_to_a_refused_one_is_confirmed_once():
     assert to_confirm(points, BOUNDS) is None
     assert to_confirm([point(8, 80.0)], BOUNDS) == (8, 50.0), "nothing refused: as long as a bucket of a minute needs"
     busy = [point(8, 800.0), point(16, 800.0, refused=500)]
-    assert to_confirm(busy, BOUNDS) == (8, 30.0), "a rate binds: three windows at least"
-    busy[1].refused_by = "concurrency"
-    assert to_confirm(busy, BOUNDS) is None, "1,000 clean attempts are enough for another limit"
+    assert to_confirm(busy, BOUNDS) is None, "1,000 clean attempts are enough next to a refused level"
     assert [p.purpose for p in judged(points)] == ["confirm", "level"]
 
 
@@ -159,6 +157,14 @@ def record(kind, ended_at, *, started_at=None, outcome="ok", **more):
             **more,
         )
     return OperationRecord(**common, submitted_at=0.0, ended_at=ended_at, attempts=1, wait_seconds=0.5, outcome=outcome)
+
+
+def test_a_clean_level_above_the_rate_that_refused_levels_show_is_not_sustained():
+    refused = point(16, 80.0, refused=400, admitted=800, admitted_seconds=10.0)
+    answer = recommend([point(8, 40.0), point(9, 84.0), refused], BOUNDS)
+    assert (answer.level, answer.binds) == (8, "requests")
+    assert "at 80 calls/s" in answer.reason
+    assert recommend([point(8, 40.0), point(9, 80.5), refused], BOUNDS).level == 9, "within its own error of the rate"
 
 
 def test_what_was_measured_on_a_burst_is_not_judged():

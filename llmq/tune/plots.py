@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator, PercentFormatter
 
 from llmq.tune.point import Point
 from llmq.tune.recommend import judged
@@ -16,6 +17,10 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 if TYPE_CHECKING:
     from llmq.tune.sweep import Sweep
 
+_LEGEND = (
+    "left: hollow where a bound is broken, a cross where client or pipeline was the limit; "
+    "right: p95 hollow where it stands on fewer than 72 calls"
+)
 INK, ACCENT, WARNING, FAINT = "#1a1a1a", "#0b62a4", "#b3261e", "#9a9a9a"
 
 
@@ -41,7 +46,8 @@ def plot_sweep(sweep: Sweep) -> SweepFigure:
     refusals = figure.add_subplot(grid[1, 0], sharex=goodput)
     times = figure.add_subplot(grid[:, 1])
     answer = sweep.recommend()
-    figure.suptitle(_title(sweep.title, answer.level), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(_title(sweep.title, answer.level), 110), fontsize=10, x=0.01, ha="left")
+    figure.supxlabel(_LEGEND, fontsize=8, x=0.01, ha="left")
     if points:
         _draw_goodput(goodput, points, sweep)
         _draw_refusals(refusals, points, sweep.bounds.max_429_ratio)
@@ -50,11 +56,7 @@ def plot_sweep(sweep: Sweep) -> SweepFigure:
         _dress(axes, [p.level for p in points], answer.level)
     goodput.tick_params(labelbottom=False)
     refusals.set_xlabel("calls at once")
-    times.set_xlabel(
-        "calls at once\nhollow on the left: over a bound; cross: client- or pipeline-limited; "
-        "hollow on the right: under 72 calls",
-        fontsize=8,
-    )
+    times.set_xlabel("calls at once")
     if answer.level is not None:
         on_the_right = answer.level**2 > points[0].level * points[-1].level
         goodput.annotate(
@@ -120,7 +122,8 @@ def _draw_times(axes: Any, points: Sequence[Point], slo_p95: float | None) -> No
         axes.axhline(slo_p95, color=WARNING, lw=0.8, ls="--", label="bound on p95")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.set_ylabel("seconds")
     axes.legend(frameon=False, fontsize=9, loc="best")
 
@@ -143,4 +146,4 @@ def _levels(points: Sequence[Point]) -> list[int]:
 
 def _title(title: str, level: int | None) -> str:
     answer = "no level can be recommended" if level is None else f"{level} calls at once"
-    return f"{title[0].upper()}{title[1:]}: {answer}" if title else answer.capitalize()
+    return f"{answer[0].upper()}{answer[1:]}: {title}" if title else answer.capitalize()

@@ -15,6 +15,9 @@ CLIENT_CPU_SHARE = 0.85
 CLIENT_LAG_SHARE = 0.1
 ACHIEVED_SHARE = 0.9
 
+RATES = ("requests", "tokens", "unknown")
+"""Limits on a rate, and those that do not say what they limit."""
+
 Purpose = Literal["level", "confirm", "drift", "burst"]
 
 
@@ -41,6 +44,9 @@ class Point:
     "drift" for the last one, which shows whether the provider has changed; "burst" for one taken before a limit on a
     rate was known, on a bucket that may have been full: it is kept and not judged. `goodput_error`: standard error of
     goodput, from the spread of the service times (a renewal count, Cox 1962: relative error cv / sqrt(n)).
+    `admitted` and `admitted_seconds`: calls let in between the first and the last refusal by a rate, and the time
+    between these. Their quotient is the rate itself, since the bucket was empty at both ends (the policer estimator of
+    BBR, Cardwell et al. 2016). `over_rate`: set by `judged`, the share of the attempts that such a rate cannot sustain.
     """
 
     level: int
@@ -69,6 +75,9 @@ class Point:
     cpu_share: float | None
     loop_lag_p99: float | None
     limited_by: str | None
+    admitted: int = 0
+    admitted_seconds: float = 0.0
+    over_rate: float = 0.0
 
 
 def measure(
@@ -122,6 +131,12 @@ def measure(
         limited_by=None,
     )
     point.limited_by = _limited_by(point)
+    if point.refused_by in RATES:
+        turned_away = [a.started_at for a in refusals if a.started_at is not None]
+        let_in = [a.started_at for a in records.attempts if a.outcome != "rejected" and a.started_at is not None]
+        first, last = min(turned_away), max(turned_away)  # by their start, since answers are read late by a busy client
+        point.admitted = sum(first < at <= last for at in let_in)
+        point.admitted_seconds = last - first
     return point
 
 

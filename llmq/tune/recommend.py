@@ -9,18 +9,18 @@ judged, never the total: refusals are fast and look like speed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmq.errors import ConfigError
-from llmq.tune.point import Point
+from llmq.tune.point import RATES, Point
 from llmq.tune.statistics import SAMPLES_FOR_P95
 
 GOOD_ENOUGH = 0.97
 ATTEMPTS_TO_CONFIRM = 400
+SECONDS_FOR_A_RATE = 1.0
+SATURATED = 1.1
 MOST_LONGER = 5
-LEAST_LONGER = 3
 CLEAN_SECONDS = 60.0
-RATES = ("requests", "tokens", "unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Bounds:
         """Which bound a point breaks, in words, or None."""
         if point.share_429 > self.max_429_ratio:
             return f"429 share over {self.max_429_ratio:.0%}"
+        if point.over_rate > self.max_429_ratio:
+            return f"{point.over_rate:.0%} over the rate found"
         if point.limited_by is not None:
             return f"{point.limited_by}-limited"
         if point.succeeded == 0:
@@ -110,16 +112,29 @@ def judged(points: Iterable[Point]) -> list[Point]:
         known = best.get(point.level)
         if point.purpose != "burst" and (known is None or point.window_seconds >= 0.99 * known.window_seconds):
             best[point.level] = point
-    return [best[level] for level in sorted(best)]
+    rate = _rate_found(points)
+    return [replace(best[level], over_rate=_over(best[level], rate)) for level in sorted(best)]
+
+
+def _rate_found(points: Iterable[Point]) -> float | None:
+    """Calls a second that the provider lets in for good, pooled over the refused points; None where none shows it."""
+    refused = [p for p in points if p.purpose != "burst" and p.admitted_seconds > 0]
+    seconds = sum(p.admitted_seconds for p in refused)
+    return sum(p.admitted for p in refused) / seconds if seconds >= SECONDS_FOR_A_RATE else None
+
+
+def _over(point: Point, rate: float | None) -> float:
+    """The share of a level's attempts that `rate` cannot sustain, whatever its bucket held while it was measured."""
+    surely = point.goodput - point.goodput_error
+    return max(0.0, 1.0 - rate / surely) if rate and surely > 0 else 0.0
 
 
 def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | None:
     """The recommended level and for how many seconds to measure it again, or None. Pure.
 
     A short clean window proves little: a limit on a rate shows only once its bucket is empty.
-    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %). Where a rate binds, three
-    windows at least, so that what the bucket held at their start no longer hides an excess. Where nothing at all
-    was refused, as long as a bucket of a minute needs to show at twice its rate, within five windows.
+    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %). Where nothing at all was
+    refused, as long as a bucket of a minute needs to show at twice its rate, within five windows.
     """
     points = list(points)
     answer = recommend(points, bounds)
@@ -129,8 +144,6 @@ def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | N
     seconds = ATTEMPTS_TO_CONFIRM / chosen.attempt_rate
     if not any(p.refused for p in points):
         seconds = max(seconds, CLEAN_SECONDS)
-    elif answer.binds in RATES:
-        seconds = max(seconds, LEAST_LONGER * chosen.window_seconds)
     elif chosen.share_429_high <= bounds.max_429_ratio:
         return None
     return chosen.level, min(seconds, MOST_LONGER * chosen.window_seconds)
@@ -194,9 +207,13 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[
         )
     following = above[0]
     refused = next((p for p in above if p.share_429 > bounds.max_429_ratio), None)
-    if refused is not None and refused is following:
-        kind = refused.refused_by or "unknown"
-        return kind, f"The provider's limit on {_in_words(kind)} binds: {_refused_at(refused)}."
+    if following.over_rate > bounds.max_429_ratio or (refused is not None and refused is following):
+        kind = next((p.refused_by for p in above if p.refused_by), "unknown")
+        why = f"The provider's limit on {_in_words(kind)} binds"
+        if following.over_rate > bounds.max_429_ratio:
+            rate = (1.0 - following.over_rate) * (following.goodput - following.goodput_error)
+            why += f", at {rate:.3g} calls/s"
+        return kind, f"{why}: {_refused_at(refused)}." if refused is not None else f"{why}."
     if following.limited_by == "client":
         return "client", (
             f"At {following.level} this client itself was the limit ({_client_evidence(following)}); what the provider "
@@ -213,16 +230,18 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[
         return "errors", f"At {following.level} {following.error_share:.1%} of the calls fail in the end."
     slower = (following.service_mean or 0) / (chosen.service_mean or 1)
     gain = f"{following.goodput / chosen.goodput - 1:+.0%} calls"
-    if slower > 1.1:
+    if slower > SATURATED:
         text = (
             f"The provider is saturated: at {following.level} the mean service time is {slower:.2f} times as long, for "
             f"{gain}."
         )
     else:
         text = f"At {following.level} it brings {gain}, too little to tell from chance."
-    if refused is not None:
-        text += f" Higher up it refuses: {_refused_at(refused)}."
-    return "server", text
+    if refused is None:
+        return "server", text
+    kind = refused.refused_by or "unknown"
+    text += f" Higher up the provider's limit on {_in_words(kind)} shows: {_refused_at(refused)}."
+    return ("server" if slower > SATURATED else kind), text
 
 
 def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:

@@ -23,12 +23,14 @@ def table(sweep: Sweep) -> Table:
         found.add_column(name, justify="right", no_wrap=True)
     found.add_column("", no_wrap=True)
     recommended = sweep.recommend().level
-    counted = judged(sweep.points)
+    counted = {point.order: point for point in judged(sweep.points)}
     for point in sweep.by_level():
-        if point not in counted:
-            remark = "for drift" if point.purpose == "drift" else "measured longer below"
+        if point.order not in counted:
+            remark = "on a burst" if point.purpose == "burst" else "measured again below"
+        elif point.level == recommended:
+            remark = "<- recommended"
         else:
-            remark = "<- recommended" if point.level == recommended else sweep.bounds.broken_by(point) or ""
+            remark = sweep.bounds.broken_by(counted[point.order]) or ""
         found.add_row(*_cells(point), remark)
     return found
 

@@ -36,8 +36,8 @@ from llmq.pipeline import Pipeline
 from llmq.queue import LLMQueue
 from llmq.retry import Kind, Retry, Verdict, classify, describe
 from llmq.runtime import RuntimeEnv, using
-from llmq.tune.point import Point, Purpose, Window, measure, spread
-from llmq.tune.recommend import RATES, Bounds, OperatingPoint, drift, next_level, recommend, to_confirm
+from llmq.tune.point import RATES, Point, Purpose, Window, measure, spread
+from llmq.tune.recommend import Bounds, OperatingPoint, drift, next_level, recommend, to_confirm
 from llmq.tune.statistics import percentile
 from llmq.tune.storage import PointStore
 from llmq.virtual import VirtualLoop
