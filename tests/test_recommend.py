@@ -165,6 +165,9 @@ def test_a_clean_level_above_the_rate_that_refused_levels_show_is_not_sustained(
     assert (answer.level, answer.binds) == (8, "requests")
     assert "at 80 calls/s" in answer.reason
     assert recommend([point(8, 40.0), point(9, 80.5), refused], BOUNDS).level == 9, "within its own error of the rate"
+    busy = point(64, 80.0, refused=700, admitted=950, admitted_seconds=10.0, limited_by="client")
+    assert recommend([point(8, 40.0), point(9, 84.0), refused, busy], BOUNDS).level == 8, "a busy client is not asked"
+    assert recommend([point(8, 40.0), point(9, 120.0), busy], BOUNDS).level == 8, "but for want of others"
 
 
 def test_what_was_measured_on_a_burst_is_not_judged():

@@ -117,10 +117,16 @@ def judged(points: Iterable[Point]) -> list[Point]:
 
 
 def _rate_found(points: Iterable[Point]) -> float | None:
-    """Calls a second that the provider lets in for good, pooled over the refused points; None where none shows it."""
+    """Calls a second that the provider lets in for good, pooled over the refused points; None where none shows it.
+
+    A busy client sends late what it started, so its points tell too high a rate; they count only for want of others.
+    """
     refused = [p for p in points if p.purpose != "burst" and p.admitted_seconds > 0]
-    seconds = sum(p.admitted_seconds for p in refused)
-    return sum(p.admitted for p in refused) / seconds if seconds >= SECONDS_FOR_A_RATE else None
+    for found in ([p for p in refused if p.limited_by != "client"], refused):
+        seconds = sum(p.admitted_seconds for p in found)
+        if seconds >= SECONDS_FOR_A_RATE:
+            return sum(p.admitted for p in found) / seconds
+    return None
 
 
 def _over(point: Point, rate: float | None) -> float:
