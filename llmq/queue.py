@@ -12,7 +12,7 @@ How it works
   as the refused operation itself sleeps: the hold ends with that sleep, however it ends, so that it needs
   no timer and cannot be forgotten.
 - What a closed event loop leaves behind, slots, places and holds, is found at the next settling, once there has been
-  more than one loop. A `Slot` stays with whoever has it.
+  a caller from elsewhere. A `Slot` stays with whoever has it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class _Return(NamedTuple):
 _NO_META = LLMTaskMeta()
 _ABANDONED = Verdict(Kind.CANCELLED)
 _GIVE_UP = (None, Verdict(Kind.CALLER))
-_SUCCESS = Verdict(Kind.CALLER)
 _default_telemetry = Telemetry()
 
 MAX_RECORDS = 100_000
@@ -111,6 +110,7 @@ class LLMQueue:
         self._draining = False
         self._drainers: list[Waiter] = []
         self._loops: set[_Loop] = set()
+        self._strangers = False  # callers of no asyncio loop: threads, trio, slots
 
     @property
     def max_concurrency(self) -> int:
@@ -292,7 +292,9 @@ class LLMQueue:
                 self._open_operations += first
                 started += self._lift(operation, operation.asked_at)
                 self._backing_off.discard(operation)
-                if operation.loop is not None:
+                if operation.loop is None:
+                    self._strangers = True
+                else:
                     self._loops.add(operation.loop)
                 if job.state is not State.RUNNING:
                     job.waiter = waiter = make_waiter()
@@ -313,7 +315,7 @@ class LLMQueue:
         self._inbox.append(returned)
         if not finaliser:
             self._settle()
-        elif self._lock.acquire(blocking=False):
+        while self._inbox and self._lock.acquire(blocking=False):
             try:
                 started, drainers = self._empty_inbox()
             finally:
@@ -322,7 +324,7 @@ class LLMQueue:
 
     def _settle(self) -> None:
         """Take back whatever came, and wake whom that lets start. Called after every hold of the lock."""
-        if len(self._loops) > 1:
+        if self._strangers or len(self._loops) > 1:
             self._notice_dead_loops()
         while self._inbox or (self._drainers and not self._open_operations):
             with self._lock:

@@ -288,6 +288,15 @@ def test_a_loop_that_dies_while_others_wait_gives_its_slot_to_them():
     assert_idle(queue)
 
 
+def test_a_thread_notices_a_dead_loop_too():
+    queue = LLMQueue(1, telemetry=None, queue_timeout=PATIENCE)
+    loop, kept = held_by_a_loop(queue, functools.partial(asyncio.sleep, PATIENCE))
+    loop.close()
+    assert queue.submit_sync(str.upper, "ran") == "RAN"
+    ends_late(kept)
+    assert_idle(queue)
+
+
 def test_a_loop_that_dies_in_a_back_off_ends_its_hold():
     queue = LLMQueue(1, telemetry=None)
 
