@@ -1,6 +1,7 @@
 """Every test starts in an empty folder, with no setting in the environment and no queue in the process."""
 
 import os
+import random
 
 import pytest
 import trio.testing
@@ -26,6 +27,7 @@ def anyio_backend(request):
 @pytest.fixture(autouse=True)
 def _hermetic(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    random.seed(7)  # of the back-off
     for name in list(os.environ):
         if name.startswith("SA_") or name in ("OPENAI_API_KEY", "LOGFIRE_TOKEN"):
             monkeypatch.delenv(name)

@@ -19,6 +19,7 @@ GOOD_ENOUGH = 0.97
 ATTEMPTS_TO_CONFIRM = 400
 SECONDS_FOR_A_RATE = 1.0
 SATURATED = 1.1
+DEVIATIONS_TO_BE_SURE = 2.0
 MOST_LONGER = 5
 CLEAN_SECONDS = 60.0
 
@@ -94,7 +95,7 @@ def recommend(points: Iterable[Point], bounds: Bounds) -> OperatingPoint:
     enough = GOOD_ENOUGH * (best.goodput - best.goodput_error)
     chosen = next(p for p in feasible if p.goodput + p.goodput_error >= enough)
     above = [p for p in measured if p.level > chosen.level]
-    binds, why = _what_binds(chosen, above, bounds)
+    binds, why = _what_binds(chosen, above, bounds, _rate_found(points))
     reason = (
         f"It brings {chosen.goodput:.3g} successful calls/s ({chosen.succeeded} in {chosen.window_seconds:.3g} s), "
         f"{_of_best(chosen, max(p.goodput for p in feasible))}, with {chosen.share_429:.1%} refusals "
@@ -131,7 +132,7 @@ def _rate_found(points: Iterable[Point]) -> float | None:
 
 def _over(point: Point, rate: float | None) -> float:
     """The share of a level's attempts that `rate` cannot sustain, whatever its bucket held while it was measured."""
-    surely = point.goodput - point.goodput_error
+    surely = point.goodput - DEVIATIONS_TO_BE_SURE * point.goodput_error
     return max(0.0, 1.0 - rate / surely) if rate and surely > 0 else 0.0
 
 
@@ -206,7 +207,7 @@ def _of_best(chosen: Point, best: float) -> str:
     return "the most of all feasible levels" if chosen.goodput >= best else f"{chosen.goodput / best:.0%} of the best"
 
 
-def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[str, str]:
+def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds, rate: float | None) -> tuple[str, str]:
     if not above:
         return "latency", (
             f"More would bring more: it is the highest level measured. Raise the levels beyond {chosen.level}."
@@ -216,8 +217,7 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds) -> tuple[
     if following.over_rate > bounds.max_429_ratio or (refused is not None and refused is following):
         kind = next((p.refused_by for p in above if p.refused_by), "unknown")
         why = f"The provider's limit on {_in_words(kind)} binds"
-        if following.over_rate > bounds.max_429_ratio:
-            rate = (1.0 - following.over_rate) * (following.goodput - following.goodput_error)
+        if rate is not None and kind in RATES:
             why += f", at {rate:.3g} calls/s"
         return kind, f"{why}: {_refused_at(refused)}." if refused is not None else f"{why}."
     if following.limited_by == "client":
