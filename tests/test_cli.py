@@ -159,6 +159,22 @@ def test_what_cannot_be_done_is_told_in_a_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_tune_against_a_provider_that_is_not_there_ends_in_a_line():
+    done = llmq("tune", "--base-url", "http://127.0.0.1:9/v1", "--levels", "1 2", SA_RETRY_BASE_SECONDS="0.01")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "none of the first 8 calls succeeded (transient)" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_the_services_are_never_the_output():
+    services = services_file()
+    before = services.read_bytes()
+    done = llmq("run", "--services", services, "--out", services, "--resume")
+    assert done.returncode == 2
+    assert "are the same file" in done.stderr
+    assert services.read_bytes() == before
+
+
 def test_doctor_shows_settings_sources_flag_and_what_looks_wrong():
     Path("config").mkdir()
     Path("config/app.yaml").write_text(

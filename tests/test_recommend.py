@@ -125,7 +125,9 @@ def test_bisection_closes_in_on_the_edge():
 
 
 def test_bisection_finds_the_lower_end_of_a_plateau():
-    truth = lambda n: float(min(n, 10))  # noqa: E731
+    def truth(level):
+        return float(min(level, 10))
+
     points = [point(n, truth(n)) for n in (1, 2, 4, 8, 16, 32)]
     while (level := next_level(points, BOUNDS)) is not None:
         points.append(point(level, truth(level)))

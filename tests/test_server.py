@@ -145,6 +145,58 @@ async def test_what_is_no_request_is_told_so():
             assert "cannot read the request" in json.load(answer)["error"]["message"]
 
 
+async def test_nothing_from_the_environment_goes_to_a_local_server(monkeypatch):
+    planted = {
+        "OPENAI_API_KEY": "sk-planted",
+        "OPENAI_CUSTOM_HEADERS": "x-secret: planted",
+        "OPENAI_ORG_ID": "org-planted",
+        "OPENAI_PROJECT_ID": "proj-planted",
+    }
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    client = OpenAICompatibleClient("http://127.0.0.1:1/v1")
+    sent = []
+
+    async def note(request, **_):
+        sent.append(request)
+        raise ConnectionError
+
+    monkeypatch.setattr(client._client._client, "send", note)
+    with pytest.raises(ConnectionError):
+        await client.complete(ask())
+    await client.aclose()
+    assert sent[0].headers["authorization"] == "Bearer none-needed"
+    assert "planted" not in repr(list(sent[0].headers.items()))
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    ["x", {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
+     {"type": "json_schema", "json_schema": {"schema": {"type": "bogus"}}}],
+)  # fmt: skip
+async def test_a_schema_that_cannot_be_followed_is_the_callers_error(response_format):
+    body = {"model": "m", "messages": [], "response_format": response_format}
+    with serve_provider() as found:
+        address, content = f"{found.url}/chat/completions", json.dumps(body).encode()
+        request = urllib.request.Request(address, content, {"content-type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        with caught.value as answer:
+            assert answer.code == 400
+
+
+async def test_a_stream_tells_its_usage_when_asked_and_only_then():
+    with serve_provider(latency_seconds=0.01) as found:
+        async with openai.AsyncOpenAI(base_url=found.url, api_key="none", max_retries=0) as client:
+            for options in ({}, {"stream_options": {"include_usage": True}}):
+                message = [{"role": "user", "content": "tell"}]
+                stream = await client.chat.completions.create(model="m", messages=message, stream=True, **options)
+                chunks = [chunk async for chunk in stream]
+                assert [bool(c.usage) for c in chunks] == [False] * (len(chunks) - 1) + [bool(options)]
+                assert (chunks[-1].choices == []) is bool(options)
+                assert [c.choices[0].delta.role for c in chunks if c.choices].count("assistant") == 1
+
+
 async def test_an_answer_without_text_is_an_error(monkeypatch):
     with serve_provider(latency_seconds=0.01) as found:
         async with client_of(found) as client:

@@ -4,12 +4,13 @@ import asyncio
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import llmq
 from llmq import Pipeline, Retry, RuntimeEnv, Settings
-from llmq.errors import ConfigError
+from llmq.errors import ConfigError, ProviderError
 from llmq.providers.chat import ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
@@ -181,6 +182,88 @@ async def test_points_are_saved_as_they_come_and_a_sweep_goes_on_where_it_stoppe
         await sweep_of(spec, [1, 2, 4], out=out, resume=True, seconds=3)
 
 
+async def test_a_resumed_sweep_still_knows_that_a_rate_limit_refuses():
+    """Else its next refusal would be taken for the first, and what was paid for would be measured again."""
+    spec = {"latency_seconds": 0.1, "requests_per_minute": 900}  # the first look at 32 is too short to be refused
+    first = await sweep_of(spec, [1, 2], out="out", refine=False, seconds=2, seed=1)
+    lines = Path("out/points.jsonl").read_text().splitlines()
+    known = json.loads(lines[0]) | {"refused_by": "requests", "level": 99, "refused": 1, "order": 50}
+    Path("out/points.jsonl").write_text("".join(f"{line}\n" for line in [*lines, json.dumps(known)]))
+    found = await sweep_of(spec, [1, 2, 32], out="out", resume=True, refine=False, seconds=2, seed=1)
+    assert [p.purpose for p in found.points][: len(first.points)] == [p.purpose for p in first.points]
+    assert not [p for p in found.points if p.purpose == "burst"]
+
+
+async def test_a_limit_found_midway_makes_what_came_before_be_measured_again():
+    """The truth is 5; a full bucket of a minute lets 16 and 32 through for a while."""
+    found = await sweep_of({"latency_seconds": 0.1, "requests_per_minute": 3000}, seconds=None)
+    assert found.recommend().level == 5
+    bursts = {p.level for p in found.points if p.purpose == "burst"}
+    assert bursts
+    assert bursts <= {p.level for p in found.points if p.purpose == "level"}, "each was measured again"
+
+
+async def test_a_complete_sweep_is_resumed_without_a_call():
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=0.1))
+    options = {"seconds": 1, "out": "out", "on_progress": lambda _: None}
+    first = await llmq.sweep(caller(provider), range(5), [1, 2], **options)
+    before = provider.stats()["requests"]
+    again = await llmq.sweep(caller(provider), range(5), [1, 2], resume=True, **options)
+    assert provider.stats()["requests"] == before
+    assert again.points == first.points
+
+
+async def test_a_call_that_submits_by_itself_needs_no_second_slot():
+    async def nested(item):
+        return await llmq.submit(lambda: asyncio.sleep(0.1))
+
+    RuntimeEnv.initialize(Settings(llm_queue_enabled=True))
+    for target in (nested, Pipeline([nested])):
+        found = await llmq.sweep(target, range(5), [1, 2], seconds=2, on_progress=lambda _: None)
+        assert of_level(found, 2).goodput == pytest.approx(20, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "most"),
+    [(401, None, 60), (429, {"code": "insufficient_quota"}, 60), (429, None, 300), (None, None, 300)],
+)
+async def test_a_provider_that_never_succeeds_ends_the_sweep_in_safe_words(status, body, most):
+    calls = []
+
+    async def fails(item):
+        calls.append(item)
+        await asyncio.sleep(0.1)
+        if status is None:
+            raise ConnectionResetError
+        raise ProviderError("your key sk-planted is bad", status_code=status, body=body)
+
+    with pytest.raises(ProviderError, match="none of the first") as caught:
+        await llmq.sweep(fails, range(5), on_progress=lambda _: None)
+    assert "sk-planted" not in str(caught.value)
+    assert len(calls) <= most
+
+
+async def test_retries_of_the_callers_own_sdk_are_told():
+    class InternalServerError(Exception):
+        """As the openai SDK raises it after two retries of its own."""
+
+        status_code = 500
+        response = SimpleNamespace(headers={}, request=SimpleNamespace(headers={"x-stainless-retry-count": "2"}))
+
+    calls = 0
+
+    async def now_and_then(item):
+        nonlocal calls
+        calls += 1
+        mine = calls
+        await asyncio.sleep(0.1)
+        if mine % 20 == 0:
+            raise InternalServerError
+
+    found = await llmq.sweep(now_and_then, range(5), [2], seconds=5, on_progress=lambda _: None)
+    assert "Your client retries by itself" in str(found.recommend())
+
+
 async def test_nothing_runs_on_after_a_sweep_or_its_cancellation():
     provider = SimulatedProvider(ProviderSpec(latency_seconds=1))
     task = asyncio.create_task(llmq.sweep(caller(provider), range(5), [4, 8], on_progress=lambda _: None))
@@ -209,7 +292,12 @@ async def test_a_bug_in_the_callers_coroutine_is_told_at_once():
         ([0, 1], [1], {}, "each at least 1"),
         ([], [1], {}, "each at least 1"),
         ([1], [], {}, "at least one item"),
+        ([1.5], [1], {}, "whole numbers"),
+        ([True], [1], {}, "whole numbers"),
         ([1], [1], {"seconds": 0}, "seconds must be more than 0"),
+        ([1], [1], {"seconds": float("inf")}, "finite"),
+        ([1], [1], {"max_429_ratio": 5}, "max_429_ratio is a share"),
+        ([1], [1], {"slo_p95": -1}, "slo_p95 must be more than 0"),
     ],
 )
 async def test_what_cannot_be_swept_is_refused(levels, items, options, message):

@@ -271,7 +271,7 @@ class _Runner:
         self._proven = True
         async with self._running(self._highest) as run:
             await run.until(clock() + self._window_seconds(), lambda: run.refusals.count > 0)
-            self.rate_limited = run.refusals.count > 0
+            self.rate_limited = self.rate_limited or run.refusals.count > 0
 
     async def measure(self, step: _Step, order: int) -> Point:
         """One level, from a known state of the provider's buckets."""
