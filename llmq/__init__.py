@@ -11,52 +11,90 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmq.core import LLMTaskMeta, Outcome, Priority, Statistics
+    from llmq.changes import Change, Changes
+    from llmq.core import (
+        Cap,
+        Counts,
+        Depth,
+        Drop,
+        FairShare,
+        LLMTaskMeta,
+        Outcome,
+        Policy,
+        Priority,
+        Rate,
+        Statistics,
+    )
     from llmq.errors import (
         AnswerError,
         ConfigError,
         InputError,
         LLMQError,
         ProviderError,
+        QueueCancelledError,
+        QueueClosedError,
         QueueDrainingError,
+        QueueDroppedError,
         QueueError,
+        QueueFullError,
         QueueTimeout,
         RequestTimeout,
         RuntimeInUseError,
     )
     from llmq.items import ItemOutcome
+    from llmq.operations import Slot
     from llmq.pipeline import Pipeline, Stage
-    from llmq.queue import LLMQueue, Slot
+    from llmq.queue import LLMQueue
     from llmq.records import AttemptRecord, OperationRecord, Records
     from llmq.retry import Kind, Retry, Verdict, classify
     from llmq.runtime import RuntimeEnv, limiter, submit, using
     from llmq.settings import Settings
     from llmq.telemetry import Telemetry, configure_logfire
     from llmq.tune.sweep import Sweep, sweep
+    from llmq.usage import report_tokens
 
 _HOME = {
-    "llmq.core": ("LLMTaskMeta", "Outcome", "Priority", "Statistics"),
+    "llmq.changes": ("Change", "Changes"),
+    "llmq.core": (
+        "Cap",
+        "Counts",
+        "Depth",
+        "Drop",
+        "FairShare",
+        "LLMTaskMeta",
+        "Outcome",
+        "Policy",
+        "Priority",
+        "Rate",
+        "Statistics",
+    ),
     "llmq.errors": (
         "AnswerError",
         "ConfigError",
         "InputError",
         "LLMQError",
         "ProviderError",
+        "QueueCancelledError",
+        "QueueClosedError",
         "QueueDrainingError",
+        "QueueDroppedError",
         "QueueError",
+        "QueueFullError",
         "QueueTimeout",
         "RequestTimeout",
         "RuntimeInUseError",
     ),
     "llmq.items": ("ItemOutcome",),
+    "llmq.operations": ("Slot",),
     "llmq.pipeline": ("Pipeline", "Stage"),
-    "llmq.queue": ("LLMQueue", "Slot"),
+    "llmq.queue": ("LLMQueue",),
     "llmq.records": ("AttemptRecord", "OperationRecord", "Records"),
     "llmq.retry": ("Kind", "Retry", "Verdict", "classify"),
     "llmq.runtime": ("RuntimeEnv", "limiter", "submit", "using"),
     "llmq.settings": ("Settings",),
     "llmq.telemetry": ("Telemetry", "configure_logfire"),
     "llmq.tune.sweep": ("Sweep", "sweep"),
+    "llmq.usage": ("report_tokens",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -376,7 +376,8 @@ def _items(services: list[Service], settings: Settings) -> Iterator[ServiceItem]
             SessionContext(
                 service.service_id,
                 settings.model,
-                next(ranks),
+                rank=next(ranks),
+                models=settings.stage_models,
                 retry=settings.retry,
                 request_timeout=settings.request_timeout,
             ),

@@ -51,6 +51,8 @@ def complain(settings: Settings) -> Iterator[str]:
             yield f"the environment variable {settings.api_key_env} is not set; only a loopback endpoint needs no key"
         if _version("openai") is None:
             yield "provider is openai, and the SDK is not installed: pip install 'llmq-toolkit[openai]'"
+    if settings.llm_queue_limits and not settings.llm_queue_enabled:
+        yield "llm_queue_limits are set, and llm_queue_enabled is false: none of them holds"
     if settings.retry_attempts == 1:
         yield "retry_attempts is 1: a single refusal ends a call"
     if settings.request_timeout is None:

@@ -6,6 +6,10 @@
     ├── QueueError
     │   ├── QueueTimeout       (TimeoutError)  waited longer than queue_timeout for a slot
     │   ├── QueueDrainingError                 the queue refuses new calls since drain()
+    │   ├── QueueClosedError                   the queue was closed
+    │   ├── QueueFullError                     refused on arrival: too many wait already
+    │   ├── QueueDroppedError                  made room for a newer call in a full queue
+    │   ├── QueueCancelledError                cancelled by queue.cancel() before it started
     │   └── RuntimeInUseError                  the process's queue cannot be replaced now
     ├── RequestTimeout         (TimeoutError)  ran longer than request_timeout in its slot
     ├── ProviderError                          a provider's answer that is not a success
@@ -39,6 +43,22 @@ class QueueTimeout(QueueError, TimeoutError):
 
 class QueueDrainingError(QueueError):
     """The queue refuses new calls since `drain()`; `resume()` opens it again."""
+
+
+class QueueClosedError(QueueError):
+    """The queue was closed: it takes no calls, and those that waited were turned away."""
+
+
+class QueueFullError(QueueError):
+    """The call was refused on arrival: as many wait as may, and the overflow is to reject."""
+
+
+class QueueDroppedError(QueueError):
+    """The call waited in a full queue and was dropped to make room for a newer one."""
+
+
+class QueueCancelledError(QueueError):
+    """The call was cancelled by `queue.cancel()` while it waited; it was never started."""
 
 
 class RuntimeInUseError(QueueError):

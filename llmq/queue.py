@@ -2,39 +2,61 @@
 
 How it works
 - `Scheduler` decides, under one lock that is only ever held for a few plain statements: never across an await,
-  a call of user code, or a wake-up.
-- A slot is a lease. Whoever ends it appends to `_inbox`, which `_settle` empties under the lock. A finaliser may run
-  in the middle of anything, so it takes the lock only if it is free at once; if not, its holder settles when it lets
-  go: whoever takes the lock calls `_settle` afterwards. Ending a lease twice does nothing.
-- A waiting caller is parked in its own loop or thread and woken once, after the scheduler gave it the slot. If it
-  was cancelled meanwhile it gives the slot back; if its loop has ended, the wake-up fails and `_settle` does.
-- Back-off holds no slot. A refusal that says Retry-After also holds back all waiters of that model, for as long
-  as the refused operation itself sleeps: the hold ends with that sleep, however it ends, so that it needs
-  no timer and cannot be forgotten.
-- What a closed event loop leaves behind, slots, places and holds, is found at the next settling, once there has been
-  a caller from elsewhere. A `Slot` stays with whoever has it.
+  a call of user code, or a wake-up. After it comes `_after`: wake whom that let start, set the timer, and take back
+  what was left in the `_inbox` meanwhile.
+- A slot is a lease. A finaliser may end it in the middle of anything, so it only appends to the inbox and takes the
+  lock if that is free at once; if not, its holder takes back what is in the inbox. Ending a lease twice does nothing.
+- A waiting caller is parked in its own loop or thread and woken once, after the scheduler gave it the slot or turned
+  it away. If it was cancelled meanwhile it gives the slot back; if its loop has ended, the wake-up fails and `_after`
+  does.
+- Back-off holds no slot. A refusal that says Retry-After also holds back all waiters of that model until then.
+- What a closed event loop leaves behind, slots and places, is found at the next `_after`, once there has been a caller
+  from elsewhere. A `Slot` stays with whoever has it.
+- `_quick` says that a slot may go the short way: nobody looks on, and no timer matters.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
+import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from sys import _getframe
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import anyio
-
-from llmq.core import Job, LLMTaskMeta, Outcome, Scheduler, State, Statistics
-from llmq.errors import QueueDrainingError, QueueTimeout, RequestTimeout
+from llmq import waiters
+from llmq.alarms import Alarm, new_alarm
+from llmq.changes import Change, ChangeKind, Changes
+from llmq.core import (
+    NO_META,
+    Cap,
+    Depth,
+    Drop,
+    FairShare,
+    Job,
+    LLMTaskMeta,
+    Outcome,
+    Overflow,
+    Policy,
+    Priority,
+    Rate,
+    Scheduler,
+    State,
+    Statistics,
+)
+from llmq.core.policy import AGEING_SECONDS
+from llmq.errors import QueueClosedError, QueueTimeout
 from llmq.items import ItemRun
-from llmq.records import AttemptRecord, CallOutcome, OperationRecord, RecordBuffer, Records
+from llmq.operations import ABANDONED, Operation, Retried, Slot, Try
+from llmq.records import RecordBuffer, Records
 from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
-from llmq.telemetry import OperationSpan, Telemetry
-from llmq.waiters import AsyncWaiter, Gone, ThreadWaiter, Waiter, clock, in_trio_run, new_waiter, running_loop
+from llmq.telemetry import Telemetry
+from llmq.usage import current_job, tokens_of
+from llmq.waiters import Gone, Waiter, in_trio_run, new_waiter, notice_clock, running_loop
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -43,52 +65,76 @@ T = TypeVar("T")
 R = TypeVar("R")
 W = TypeVar("W", bound=Waiter)
 
-
-class _Return(NamedTuple):
-    """What comes back: an attempt with its ending, or with `job` None an operation that ends in its back-off."""
-
-    operation: _Operation
-    job: Job | None
-    outcome: Outcome
-    closing: bool
-
-
-_NO_META = LLMTaskMeta()
-_ABANDONED = Verdict(Kind.CANCELLED)
-_GIVE_UP = (None, Verdict(Kind.CALLER))
-_default_telemetry = Telemetry()
-
 MAX_RECORDS = 100_000
 """Operations, and attempts, that `records()` keeps."""
 
+logger = logging.getLogger("llmq")
 
-_Loop = weakref.ref["AbstractEventLoop"]
+_GIVE_UP = (None, Verdict(Kind.CALLER))
+_ROUNDING_SECONDS = 1e-6
+_default_telemetry = Telemetry()
+_new_slot = object.__new__
+_NEW = State.NEW
 
 
-class _CallJob(Job):
-    """An attempt's place in the queue, and its operation."""
+class _Return(NamedTuple):
+    """What comes back: an attempt and its operation; `job` None: the operation ends in its back-off."""
 
-    __slots__ = ("operation",)
-
-    operation: _Operation
+    operation: Operation
+    job: Job | None
 
 
 class LLMQueue:
-    """At most `max_concurrency` calls at once, over all event loops and threads of the process.
+    """At most `max_concurrency` calls at once, over all event loops and threads of the process, under any `limits`.
 
     - `submit` for a coroutine function: one call, from any asyncio or trio task.
     - `slot` for a stream, or whatever is not one awaitable: held until the block ends.
     - `map` for many items: outcomes as they come, no task an item.
     - `submit_sync` for blocking functions, from plain threads.
 
+    `limits` are `Cap` (calls at once, by key), `Rate` (requests or tokens in a time, by key) and `Depth` (calls
+    waiting, by key); `max_queued` is short for a `Depth` in all. When that is reached, `overflow` decides: `wait`,
+    `reject` (`QueueFullError`) or `drop_oldest` (its caller gets `QueueDroppedError`). Better classes go first, but one
+    that has waited `ageing_seconds` gets every fourth start, unless the better one is in `strict`; None: never.
+    `fair_share` shares each class between keys.
+
     `queue_timeout` bounds a wait for a slot, `request_timeout` a call in its slot, each attempt anew; both in
     seconds, None for no bound. `classify` judges exceptions. `telemetry=None` switches spans and metrics off.
+    Raises ValueError and TypeError for what cannot be used.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_alarms",
+        "_backing_off",
+        "_classify",
+        "_drainers",
+        "_inbox",
+        "_leaked",
+        "_lock",
+        "_loops",
+        "_open",
+        "_orphans",
+        "_quick",
+        "_records",
+        "_scheduler",
+        "_strangers",
+        "_telemetry",
+        "_watchers",
+        "queue_timeout",
+        "request_timeout",
+    )
 
     def __init__(
         self,
         max_concurrency: int = 3,
         *,
+        limits: Iterable[Cap | Rate | Depth] = (),
+        max_queued: int | None = None,
+        overflow: Overflow = "wait",
+        ageing_seconds: float | None = AGEING_SECONDS,
+        strict: Iterable[Priority] = (),
+        fair_share: FairShare | None = None,
         queue_timeout: float | None = None,
         request_timeout: float | None = None,
         classify: Classify = classify,
@@ -97,20 +143,26 @@ class LLMQueue:
     ) -> None:
         self.queue_timeout = _positive("queue_timeout", queue_timeout)
         self.request_timeout = _positive("request_timeout", request_timeout)
+        depth = () if max_queued is None else (Depth(max_queued),)
+        policy = Policy(max_concurrency, (*limits, *depth), overflow, ageing_seconds, frozenset(strict), fair_share)
+        notice_clock()
         self._classify = classify
         self._telemetry = telemetry
         self._records = RecordBuffer(max_records)
-        self._operation_ids = itertools.count(1)
-        self._scheduler = Scheduler(max_concurrency)
+        self._scheduler = Scheduler(policy)
         self._lock = threading.Lock()
         self._inbox: deque[_Return] = deque()
-        self._orphans: deque[tuple[_Operation, bool]] = deque()
-        self._backing_off: set[_Operation] = set()
-        self._open_operations = 0
-        self._draining = False
+        self._orphans: deque[tuple[Operation, bool]] = deque()
+        self._leaked: deque[str] = deque()
+        self._open: set[Operation] = set()
+        self._backing_off: set[Operation] = set()
         self._drainers: list[Waiter] = []
-        self._loops: set[_Loop] = set()
-        self._strangers = False  # callers of no asyncio loop: threads, trio, slots
+        self._watchers: list[Changes] = []
+        self._alarms: dict[int, Alarm] = {}
+        self._loops: set[weakref.ref[AbstractEventLoop]] = set()
+        self._strangers = False  # callers of no asyncio loop: threads, trio
+        self._quick = False
+        self._look_for_short_way()
 
     @property
     def max_concurrency(self) -> int:
@@ -118,10 +170,15 @@ class LLMQueue:
         return self._scheduler.limit
 
     @property
+    def policy(self) -> Policy:
+        """The limits and the order in force."""
+        return self._scheduler.policy
+
+    @property
     def open_operations(self) -> int:
         """Calls accepted and not yet ended: waiting, running, or sleeping between attempts."""
-        self._settle()
-        return self._open_operations
+        self._after()
+        return self._count_open()
 
     async def submit(
         self,
@@ -133,26 +190,31 @@ class LLMQueue:
         """Await `factory()` in this task once a slot is free; its result or exception passes unchanged.
 
         Without `retry` it is called once. With it, each attempt takes a new slot at the front of its class, and
-        no slot is held in between. Raises `QueueTimeout`, `RequestTimeout` and `QueueDrainingError` of its own.
+        no slot is held in between. Raises, of its own, `QueueTimeout`, `RequestTimeout`, and the `QueueError` that says
+        why it was turned away: full, dropped, cancelled, draining, closed.
 
         Do not submit from within a call that holds a slot: when all slots are held that way, none becomes free.
         """
-        operation = _Operation(self, meta or _NO_META, running_loop())
+        operation = Operation(self, meta or NO_META, running_loop())
         if operation.span is not None:
             operation.span.attach()
         failed = 0
         while True:
-            await operation.enter()
+            await operation.enter(Retried(operation) if failed else Try(operation))
             try:
-                result = await timed(factory, self.request_timeout)
+                if self._scheduler.counts_tokens:
+                    result = await timed(lambda: _counted(factory, operation.job), self.request_timeout)
+                elif self.request_timeout is None:
+                    result = await factory()
+                else:
+                    result = await timed(factory, self.request_timeout)
             except BaseException as error:
                 failed += 1
                 delay, verdict = self._decide(error, retry, failed)
+                self._hold_back(operation, verdict)  # first, so that the slot does not go to the next of this model
+                operation.leave(error, verdict, closing=delay is None)
                 if delay is None:
-                    operation.leave(error, verdict)
                     raise
-                operation.hold_back(verdict)  # first, so that the slot does not go to the next of this model
-                operation.leave(error, verdict, closing=False)
             else:
                 operation.leave()
                 return result
@@ -160,7 +222,15 @@ class LLMQueue:
 
     def slot(self, meta: LLMTaskMeta | None = None) -> Slot:
         """A slot to hold for a block: `async with queue.slot(): ...`. No time-out applies inside it."""
-        return Slot(self, meta or _NO_META)
+        slot = _new_slot(Slot)
+        slot.queue = self
+        slot.meta = NO_META if meta is None else meta
+        slot.state = _NEW
+        slot.operation = None
+        frame = _getframe(1)
+        slot._code = frame.f_code
+        slot._instruction = frame.f_lasti
+        return slot
 
     def map(
         self,
@@ -198,60 +268,140 @@ class LLMQueue:
             raise RuntimeError(
                 "submit_sync() would block the event loop that runs in this thread; use `await queue.submit(...)`"
             )
-        operation = _Operation(self, meta or _NO_META, None)
-        operation.enter_blocking()
+        operation = Operation(self, meta or NO_META, None)
+        operation.enter_blocking(Try(operation))
         try:
             result = fn(*args)
+            if self._scheduler.counts_tokens:
+                operation.job.used_tokens = tokens_of(result)
         except BaseException as error:
-            operation.leave(error, judged(self._classify, error))
+            verdict = judged(self._classify, error)
+            self._hold_back(operation, verdict)
+            operation.leave(error, verdict)
             raise
         operation.leave()
         return result
 
     def resize(self, max_concurrency: int) -> None:
         """Change the cap. Running calls keep their slots, so a lower cap is reached as they end."""
-        self._reconfigure(limit=max_concurrency)
+        self.reconfigure(max_concurrency=max_concurrency)
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change `max_concurrency`, `limits`, `max_queued`, `overflow`, `ageing_seconds`, `strict` or `fair_share`.
+
+        What is not named stays. Nothing is lost: who waits keeps its place, who runs counts under the new limits, and
+        what a rate has given out stays given out. `max_queued` stands for the `Depth` in all among the limits.
+        Raises TypeError and ValueError, and then nothing has changed.
+        """
+        kind: ChangeKind = "resized" if set(changes) == {"max_concurrency"} else "reconfigured"
+        with self._changing() as (scheduler, woken):
+            policy = _changed(scheduler.policy, changes)
+            woken += (
+                scheduler.resize(policy.max_concurrency, waiters.now())
+                if kind == "resized"
+                else scheduler.reconfigure(policy, waiters.now())
+            )
+        self._publish(kind)
 
     def pause(self) -> None:
         """Start nothing more until `resume`. Running calls go on."""
-        self._reconfigure(paused=True)
+        with self._changing() as (scheduler, woken):
+            woken += scheduler.pause(True, waiters.now())
+        self._publish("paused")
 
     def resume(self) -> None:
-        """Undo `pause` and `drain`."""
-        self._draining = False
-        self._reconfigure(paused=False)
+        """Undo `pause` and `drain`. Raises `QueueClosedError` after `close`."""
+        with self._changing() as (scheduler, woken):
+            if scheduler.refusing is Drop.CLOSED:
+                raise QueueClosedError("the queue is closed, which is for good; make another one")
+            woken += scheduler.refuse(None, waiters.now())
+            woken += scheduler.pause(False, waiters.now())
+        self._publish("resumed")
+
+    def cancel(self, **where: str | None) -> int:
+        """Cancel waiting calls: all, or those whose meta has these fields or labels. Returns how many.
+
+        `queue.cancel(request_id="r-17")`, `queue.cancel(model_name="m", agent="writer")`. Their callers get
+        `QueueCancelledError`. Calls that sleep before another attempt count as waiting. A running call belongs to its
+        task: cancel that.
+        """
+
+        def chosen(meta: LLMTaskMeta) -> bool:
+            return all(meta.value_of(name) == value for name, value in where.items())
+
+        with self._changing() as (scheduler, woken):
+            jobs = [job for job in scheduler.jobs() if chosen(job.meta)]
+            woken += scheduler.drop(jobs, Drop.CANCELLED, waiters.now())
+            asleep = self._rouse(Drop.CANCELLED, chosen)
+        return len(jobs) + asleep
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new calls, let those accepted finish (a pause ends), and return when none is left.
 
         Raises `QueueTimeout` when that takes longer than `timeout` seconds; the calls go on, and new ones stay
-        refused until `resume`.
+        refused until `resume`. Callers at the door of a full queue were not accepted, and get `QueueDrainingError`.
         """
         waiter = new_waiter()
-        with self._lock:
-            self._draining = True
+        with self._changing() as (scheduler, woken):
             self._drainers.append(waiter)
-        self._reconfigure(paused=False)
+            if scheduler.refusing is not Drop.CLOSED:
+                woken += scheduler.refuse(Drop.DRAINING, waiters.now())
+            woken += scheduler.pause(False, waiters.now())
+        self._publish("draining")
         try:
-            with anyio.move_on_after(timeout) as scope:
-                await waiter.wait()
+            drained = await waiter.wait(timeout)
         finally:
             with suppress(ValueError):
                 self._drainers.remove(waiter)
-        if scope.cancelled_caught:
+        if not drained:
             raise QueueTimeout(
-                f"{self._open_operations} calls were still open after drain(timeout={timeout:g}); they go on; "
-                "wait again, or cancel their tasks"
+                f"{self._count_open()} calls were still open after drain(timeout={timeout:g}); they go on; "
+                "wait again, cancel() those that wait, or cancel their tasks"
             )
 
+    def close(self) -> None:
+        """Turn every waiting caller away with `QueueClosedError`, and all that come; for good. Running calls go on."""
+        with self._changing() as (scheduler, woken):
+            woken += scheduler.refuse(Drop.CLOSED, waiters.now())
+            self._rouse(Drop.CLOSED, lambda meta: True)
+        self._publish("closed")
+        for watcher in list(self._watchers):
+            watcher.close()
+
     def statistics(self) -> Statistics:
-        """Counts of attempts now: limit, in flight, waiting, ended. Changes nothing."""
+        """Counts of attempts now: in all, by class and by key. Changes nothing."""
         self._bury_orphans()
-        try:
-            with self._lock:
-                return self._scheduler.statistics(clock())
-        finally:
-            self._settle()
+        self._after()
+        with self._locked() as scheduler:
+            return scheduler.statistics(waiters.now())
+
+    def explain(self, request: str | Slot | None = None) -> str:
+        """Why a call waits, in words: by its `request_id`, by its slot, or of the one that waits longest.
+
+        >>> LLMQueue().explain()
+        'nothing waits'
+        """
+        with self._locked() as scheduler:
+            now = waiters.now()
+            if isinstance(request, Slot):
+                return "was not asked for yet" if request.state is State.NEW else scheduler.explain(request, now)
+            jobs = list(scheduler.jobs())
+            if request is None:
+                oldest = min(jobs, key=lambda job: job.sequence, default=None)
+                return "nothing waits" if oldest is None else scheduler.explain(oldest, now)
+            jobs += [operation.job for operation in self._open if operation not in self._backing_off]
+            found = [job for job in jobs if job.meta.request_id == request]
+            if found:
+                return scheduler.explain(found[0], now)
+            asleep = [operation for operation in self._backing_off if operation.meta.request_id == request]
+            return "sleeps before its next attempt" if asleep else f"no open call has the request_id {request!r}"
+
+    def changes(self, size: int = 1000) -> Changes:
+        """The changes of state from now on, as an async iterator; see `Changes`."""
+        watcher = Changes(size, self._forget_watcher)
+        self._watchers.append(watcher)
+        self._look_for_short_way()
+        return watcher
 
     def records(self) -> Records:
         """The newest operations and attempts, at most `max_records` of each, oldest first."""
@@ -262,13 +412,96 @@ class LLMQueue:
         now = self.statistics()
         return f"<LLMQueue {now.in_flight} of {now.limit} in flight, {now.waiting} waiting>"
 
-    def _reconfigure(self, *, limit: int | None = None, paused: bool | None = None) -> None:
-        started: list[Job] = []
+    # What operations and slots use.
+
+    def _ask(
+        self, operation: Operation, job: Job, make_waiter: Callable[[], W], now: float
+    ) -> tuple[Sequence[Job], W | None]:
+        """Submit an operation's next attempt. A waiter: it must wait there."""
+        with self._lock:
+            woken = self._scheduler.submit(job, now)
+            waiter = None if job.state is State.RUNNING else self._park(job, make_waiter)
+            self._backing_off.discard(operation)
+            self._open.add(operation)
+            if operation.loop is not None:
+                self._loops.add(operation.loop)
+        self._publish("started" if waiter is None else "waiting", job)
+        return woken, waiter
+
+    def _park(self, job: Job, make_waiter: Callable[[], W]) -> W | None:
+        """Under the lock: a place for the caller of a waiting job, and a timer where it waits."""
+        if job.state is not State.WAITING:
+            return None
         try:
+            job.waiter = waiter = make_waiter()
+        except BaseException:
+            self._scheduler.cancel(job, waiters.now())
+            raise
+        home = waiter.home
+        alarm = self._alarms.get(id(home))
+        if alarm is None or not alarm.is_in(home):
+            self._alarms[id(home)] = new_alarm(self._ring)
+            if home is not None and (loop := running_loop()) is home and loop is not None:
+                self._loops.add(weakref.ref(loop))
+            else:
+                self._strangers = True
+        return waiter
+
+    def _end(self, operation: Operation, outcome: Outcome, *, closing: bool) -> None:
+        """End an operation's attempt, if it is in one, and with `closing` the operation."""
+        job = operation.job
+        now = waiters.now()
+        woken: Sequence[Job] | None = None
+        with self._lock:
+            if operation in self._backing_off:
+                self._backing_off.discard(operation)
+            elif operation.started_at is None:
+                woken = self._scheduler.cancel(job, now)
+            else:
+                woken = self._scheduler.finish(job, outcome, now)
+            if closing:
+                self._open.discard(operation)
+            elif operation in self._open:
+                self._backing_off.add(operation)
+        self._after(woken or ())
+        if self._watchers and operation.started_at is not None:
+            self._publish("ended", job)
+
+    def _give_back(self, operation: Operation, job: Job | None) -> None:
+        """End an operation from a finaliser: never waits for the lock."""
+        self._inbox.append(_Return(operation, job))
+        while self._inbox and self._lock.acquire(blocking=False):
+            try:
+                woken = self._empty_inbox()
+            finally:
+                self._lock.release()
+            self._wake(woken)
+        if self._drainers and not self._count_open():
+            self._wake_drainers()
+        if self._scheduler.alarms and self._lock.acquire(blocking=False):
+            try:
+                early = self._too_late_alarms()
+            finally:
+                self._lock.release()
+            self._start(early)
+
+    def _after(self, woken: Sequence[Job] = ()) -> None:
+        """What follows on every change: wake, take back what came meanwhile, and set the timer."""
+        self._wake(woken)
+        if self._strangers or len(self._loops) > 1:
+            self._notice_dead_loops()
+        while self._inbox:
             with self._lock:
-                started = self._scheduler.reconfigure(clock(), limit=limit, paused=paused)
-        finally:
+                started = self._empty_inbox()
             self._wake(started)
+        if self._drainers and not self._count_open():
+            self._wake_drainers()
+        if self._scheduler.alarms:
+            with self._lock:
+                early = self._too_late_alarms()
+            self._start(early)
+        if not self._quick:
+            self._look_for_short_way()
 
     def _decide(self, error: BaseException, retry: Retry | None, failed: int) -> tuple[float | None, Verdict]:
         """Seconds until the next attempt, or None, and what the error means. Never raises: a slot depends on it."""
@@ -278,98 +511,89 @@ class LLMQueue:
         except Exception:
             return _GIVE_UP
 
-    def _ask(self, operation: _Operation, make_waiter: Callable[[], W]) -> W | None:
-        """Submit the operation's next attempt. None: it has its slot; else it must wait there."""
-        job = operation.job
-        waiter: W | None = None
-        started: list[Job] = []
+    def _hold_back(self, operation: Operation, verdict: Verdict) -> None:
+        """Keep the model's waiters back, if the provider said for how long."""
+        seconds = verdict.retry_after_seconds
+        if not verdict.refused or seconds is None:
+            return
+        with self._changing() as (scheduler, woken):
+            now = waiters.now()
+            woken += scheduler.hold(scheduler.model_of(operation.job), now + seconds, now)
+        self._publish("held", operation.job)
+
+    def _bury_orphans(self) -> None:
+        """Tell of what ended in a finaliser, which must not do so itself: telemetry and logging take locks."""
+        while self._orphans:
+            with suppress(IndexError):
+                operation, in_attempt = self._orphans.popleft()
+                operation.record(None, ABANDONED, in_attempt=in_attempt, closing=True)
+        while self._leaked:
+            with suppress(IndexError):
+                logger.warning(
+                    "%s was never given back, and was collected; use `async with`, or release() it",
+                    self._leaked.popleft(),
+                )
+
+    # Private.
+
+    @contextmanager
+    def _locked(self) -> Iterator[Scheduler]:
         try:
             with self._lock:
-                first = operation.attempts == 1
-                if first and self._draining:
-                    raise QueueDrainingError("the queue refuses new calls since drain(); resume() opens it again")
-                started = self._scheduler.submit(job, operation.asked_at)
-                self._open_operations += first
-                started += self._lift(operation, operation.asked_at)
-                self._backing_off.discard(operation)
-                if operation.loop is None:
-                    self._strangers = True
-                else:
-                    self._loops.add(operation.loop)
-                if job.state is not State.RUNNING:
-                    job.waiter = waiter = make_waiter()
+                yield self._scheduler
         finally:
-            self._wake([other for other in started if other is not job])
-        return waiter
+            self._after()
 
-    def _lift(self, operation: _Operation, now: float) -> list[Job]:
-        """End the hold that an operation has on its model, if it has one."""
-        if operation.holds is None:
-            return []
-        (key,) = operation.holds
-        operation.holds = None
-        return self._scheduler.lift(key, now)
-
-    def _give_back(self, returned: _Return, *, finaliser: bool = False) -> None:
-        """End an attempt, or an operation between attempts."""
-        self._inbox.append(returned)
-        if not finaliser:
-            self._settle()
-        while self._inbox and self._lock.acquire(blocking=False):
-            try:
-                started, drainers = self._empty_inbox()
-            finally:
-                self._lock.release()
-            self._wake_up(started, drainers)
-
-    def _settle(self) -> None:
-        """Take back whatever came, and wake whom that lets start. Called after every hold of the lock."""
-        if self._strangers or len(self._loops) > 1:
-            self._notice_dead_loops()
-        while self._inbox or (self._drainers and not self._open_operations):
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[Scheduler, list[Job]]]:
+        """The scheduler under the lock, and a list for those to be woken afterwards."""
+        woken: list[Job] = []
+        try:
             with self._lock:
-                started, drainers = self._empty_inbox()
-            self._wake_up(started, drainers)
+                yield self._scheduler, woken
+                self._look_for_short_way()
+        finally:
+            self._after(woken)
 
-    def _empty_inbox(self) -> tuple[list[Job], list[Waiter]]:
-        started: list[Job] = []
-        now = clock()
+    def _look_for_short_way(self) -> None:
+        self._quick = (
+            self._telemetry is None and not self._watchers and not self._drainers and not self._scheduler.uses_time
+        )
+
+    def _count_open(self) -> int:
+        return self._scheduler.in_flight + self._scheduler.waiting + len(self._backing_off)
+
+    def _empty_inbox(self) -> list[Job]:
+        woken: list[Job] = []
+        now = waiters.now()
         while self._inbox:
-            started += self._take_back(self._inbox.popleft(), now)
-        if self._open_operations:
-            return started, []
-        drainers, self._drainers = self._drainers, []
-        return started, drainers
+            operation, job = self._inbox.popleft()
+            if job is None:
+                self._backing_off.discard(operation)
+            elif job.state is State.WAITING or operation.started_at is None:
+                woken += self._scheduler.cancel(job, now)
+            else:
+                woken += self._scheduler.finish(job, Outcome.IGNORED, now) or ()
+            self._open.discard(operation)
+        return woken
 
-    def _take_back(self, returned: _Return, now: float) -> list[Job]:
-        operation, job, outcome, closing = returned
-        if job is None:
-            if operation not in self._backing_off:
-                return []  # taken back already
-            self._backing_off.discard(operation)
-            started = self._lift(operation, now)
-        elif job.state is State.WAITING:
-            started = self._scheduler.cancel(job, now)
-        elif job.state is State.RUNNING:
-            started = self._scheduler.finish(job, outcome, now)
-            if not closing:
-                self._backing_off.add(operation)
-        else:
-            return []  # it was never accepted, or has been taken back already
-        self._open_operations -= closing
-        return started
-
-    def _wake(self, started: list[Job]) -> None:
-        self._wake_up(started, [])
-        self._settle()
-
-    def _wake_up(self, started: list[Job], drainers: list[Waiter]) -> None:
-        for job in started:
+    def _wake(self, woken: Sequence[Job]) -> None:
+        for job in woken:
             waiter: Waiter = job.waiter  # type: ignore[assignment]  # the core keeps it as an opaque object
             try:
                 waiter.wake()
             except Gone:
-                self._inbox.append(_lost(job))
+                self._lose(job)
+            if self._watchers:
+                self._publish("dropped" if job.drop else "started", job)
+
+    def _lose(self, job: Job) -> None:
+        """Take back what was meant for a caller whose loop has ended."""
+        assert isinstance(job, Try)
+        self._inbox.append(_Return(job.operation or Operation(self, job.meta, None), job))
+
+    def _wake_drainers(self) -> None:
+        drainers, self._drainers = self._drainers, []
         for drainer in drainers:
             with suppress(Gone):
                 drainer.wake()
@@ -381,272 +605,103 @@ class LLMQueue:
             return
         with self._lock:
             self._loops -= dead
-            gone = [_lost(job) for job in self._scheduler.running if job.operation.loop in dead]  # type: ignore[attr-defined]
-            asleep = [_Return(o, None, Outcome.IGNORED, True) for o in self._backing_off if o.loop in dead]
-        self._inbox.extend(gone)
-        self._inbox.extend(asleep)
+            self._inbox.extend(
+                _Return(operation, None if operation in self._backing_off else operation.job)
+                for operation in self._open
+                if operation.loop in dead
+            )
 
-    def _bury_orphans(self) -> None:
-        """Record what ended in a finaliser, which must not do so itself: telemetry takes locks."""
-        while self._orphans:
-            with suppress(IndexError):
-                operation, in_attempt = self._orphans.popleft()
-                operation.record(None, _ABANDONED, in_attempt=in_attempt, closing=True)
+    def _rouse(self, drop: Drop, chosen: Callable[[LLMTaskMeta], bool]) -> int:
+        """Turn away those that sleep before another attempt. Returns how many."""
+        asleep = [operation for operation in self._backing_off if chosen(operation.meta)]
+        for operation in asleep:
+            operation.drop = drop
+            if operation.sleeper is not None:
+                with suppress(Gone):
+                    operation.sleeper.wake()
+        return len(asleep)
 
+    def _too_late_alarms(self) -> list[Alarm]:
+        """Under the lock: the alarms that would ring after the scheduler's deadline, set to it."""
+        deadline = self._scheduler.deadline
+        if deadline is None:
+            return []
+        late = [alarm for alarm in self._alarms.values() if alarm.at > deadline]
+        for alarm in late:
+            alarm.at = deadline
+        return late
 
-class Slot:
-    """A lease of one slot: `async with queue.slot() as slot`. Made by `LLMQueue.slot`.
+    def _start(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            try:
+                alarm.start()
+            except Gone:
+                self._alarms = {home: other for home, other in self._alarms.items() if other is not alarm}
 
-    It ends with the block, with `release()` from any task or thread, or when it is collected; whichever comes
-    first counts, the others do nothing.
-    """
+    def _ring(self, alarm: Alarm, at: float) -> None:
+        """It is time; or nearly so, where a loop rounds it."""
+        now = waiters.now()
+        with self._lock:
+            alarm.at = math.inf
+            woken = self._scheduler.tick(at if now < at < now + _ROUNDING_SECONDS else now)
+        self._after(woken)
 
-    __slots__ = ("__weakref__", "_entered", "_lease", "_meta", "_queue")
-
-    def __init__(self, queue: LLMQueue, meta: LLMTaskMeta) -> None:
-        self._queue = queue
-        self._meta = meta
-        self._entered = False
-        self._lease: list[_Operation] = []
-
-    async def __aenter__(self) -> Slot:
-        if self._entered:
-            raise RuntimeError("this slot was entered before; ask queue.slot() for another one")
-        self._entered = True
-        operation = _Operation(self._queue, self._meta, None)  # of no loop: it may outlive this one
-        await operation.enter()
-        self._lease.append(operation)
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release(exc)
-
-    def release(self, error: BaseException | None = None) -> None:
-        """End the lease. `error` says why, if it was one. Once; further calls do nothing."""
-        try:
-            operation = self._lease.pop()  # atomic: only one of several enders gets it
-        except IndexError:
+    def _publish(self, kind: ChangeKind, job: Job | None = None) -> None:
+        if not self._watchers:
             return
-        operation.leave(error, None if error is None else judged(self._queue._classify, error))
+        scheduler = self._scheduler
+        change = Change(kind, waiters.now(), scheduler.in_flight, scheduler.waiting, scheduler.limit)
+        if job is not None:
+            meta = job.meta
+            change = replace(
+                change,
+                sequence=job.sequence,
+                stage=meta.stage,
+                model_name=meta.model_name,
+                service_id=meta.service_id,
+                request_id=meta.request_id,
+            )
+        for watcher in list(self._watchers):
+            watcher.add(change)
 
-    def __del__(self) -> None:
-        if self._lease:
-            self._lease.pop().abandon()
+    def _forget_watcher(self, watcher: Changes) -> None:
+        with suppress(ValueError):
+            self._watchers.remove(watcher)
+        self._look_for_short_way()
 
 
-class _Operation:
-    """One submitted call: its attempts' places in the queue, and what is recorded of them."""
+async def _counted(factory: Callable[[], Awaitable[T]], job: Job) -> T:
+    """Run a call of which the tokens matter."""
+    token = current_job.set(job)
+    try:
+        result = await factory()
+    finally:
+        with suppress(ValueError):  # collected in another context
+            current_job.reset(token)
+    if job.used_tokens is None:
+        job.used_tokens = tokens_of(result)
+    return result
 
-    __slots__ = (
-        "asked_at",
-        "attempts",
-        "holds",
-        "id",
-        "job",
-        "loop",
-        "meta",
-        "queue",
-        "span",
-        "started_at",
-        "submitted_at",
-        "wait_seconds",
-    )
 
-    def __init__(self, queue: LLMQueue, meta: LLMTaskMeta, loop: AbstractEventLoop | None) -> None:
-        queue._bury_orphans()
-        self.queue = queue
-        self.meta = meta
-        self.loop: _Loop | None = None if loop is None else weakref.ref(loop)
-        self.id = next(queue._operation_ids)
-        self.attempts = 0
-        self.holds: tuple[str | None] | None = None
-        self.wait_seconds = 0.0
-        self.span: OperationSpan | None = None
-        if queue._telemetry is not None:
-            self.span = queue._telemetry.operation_started(meta)
-        self.submitted_at = clock()
-
-    async def enter(self) -> None:
-        """Get a slot for the next attempt. If it raises, the operation is over and recorded."""
-        self._next_attempt()
-        try:
-            waiter = self.queue._ask(self, new_waiter)
-            if waiter is not None:
-                await self._wait(waiter)
-        except BaseException as error:
-            self.leave(error, judged(self.queue._classify, error))
-            raise
-        self._started()
-
-    def enter_blocking(self) -> None:
-        """`enter` for a plain thread."""
-        queue = self.queue
-        self._next_attempt()
-        try:
-            waiter = queue._ask(self, ThreadWaiter)
-            if waiter is not None and not waiter.wait_blocking(queue.queue_timeout):
-                self._give_up_waiting()
-        except BaseException as error:
-            self.leave(error, judged(queue._classify, error))
-            raise
-        self._started()
-
-    def leave(
-        self, error: BaseException | None = None, verdict: Verdict | None = None, *, closing: bool = True
-    ) -> None:
-        """End the attempt, and with `closing` the operation: first its slot, then its records."""
-        if isinstance(error, GeneratorExit):
-            self.abandon()
-            return
-        outcome = Outcome.SUCCEEDED if verdict is None else verdict.outcome
-        self.queue._give_back(_Return(self, self.job, outcome, closing))
-        self.record(error, verdict, closing=closing)
-
-    def abandon(self, *, in_attempt: bool = True) -> None:
-        """End everything from a finaliser."""
-        self.queue._orphans.append((self, in_attempt))
-        job = self.job if in_attempt else None
-        self.queue._give_back(_Return(self, job, Outcome.IGNORED, True), finaliser=True)
-
-    def hold_back(self, verdict: Verdict) -> None:
-        """Keep the model's waiters back until the next attempt, if the provider said how long to wait."""
-        if not verdict.refused or verdict.retry_after_seconds is None:
-            return
-        queue, started = self.queue, []
-        try:
-            with queue._lock:
-                self.holds = (self.job.key,)
-                started = queue._scheduler.hold(self.job.key, clock())
-        finally:
-            queue._wake(started)
-
-    async def back_off(self, delay_seconds: float) -> None:
-        """Sleep between attempts, with no slot."""
-        try:
-            await anyio.sleep(delay_seconds)
-        except GeneratorExit:
-            self.abandon(in_attempt=False)
-            raise
-        except BaseException as error:
-            self.queue._give_back(_Return(self, None, Outcome.IGNORED, True))
-            self._record_operation(error, judged(self.queue._classify, error), clock())
-            raise
-
-    def record(
-        self, error: BaseException | None, verdict: Verdict | None, *, closing: bool, in_attempt: bool = True
-    ) -> None:
-        """Write the attempt's record, and with `closing` the operation's."""
-        now = clock()
-        if in_attempt:
-            self._record_attempt(error, verdict, now)
-        if closing:
-            self._record_operation(error, verdict, now)
-
-    def _record_attempt(self, error: BaseException | None, verdict: Verdict | None, now: float) -> None:
-        meta = self.meta
-        record = AttemptRecord(
-            self.id,
-            self.attempts,
-            meta.stage,
-            meta.model_name,
-            meta.service_id,
-            meta.request_id,
-            self.asked_at,
-            self.started_at,
-            now,
-            _outcome(error, verdict),
+def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
+    known = [*(field.name for field in fields(Policy)), "max_queued"]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise TypeError(f"a queue has no {', '.join(unknown)} to change; it has {', '.join(known)}")
+    changes = dict(changes)
+    if "limits" in changes:
+        changes["limits"] = tuple(changes["limits"])
+    if "strict" in changes:
+        changes["strict"] = frozenset(changes["strict"])
+    if "max_queued" in changes:
+        most = changes.pop("max_queued")
+        others = tuple(
+            limit
+            for limit in changes.get("limits", policy.limits)
+            if not isinstance(limit, Depth) or limit.by is not None
         )
-        if verdict is not None:
-            record.status_code = verdict.status_code
-            record.limit_type = verdict.limit_type
-            record.retry_after_seconds = verdict.retry_after_seconds
-            record.error_type = _error_type(error)
-        self.wait_seconds += record.wait_seconds
-        self.queue._records.attempts.append(record)
-        if self.span is not None:
-            self.span.attempt_ended(record)
-
-    def _record_operation(self, error: BaseException | None, verdict: Verdict | None, now: float) -> None:
-        meta = self.meta
-        record = OperationRecord(
-            self.id,
-            meta.stage,
-            meta.model_name,
-            meta.service_id,
-            meta.request_id,
-            self.submitted_at,
-            now,
-            self.attempts,
-            self.wait_seconds,
-            _outcome(error, verdict),
-            None if verdict is None else _error_type(error),
-        )
-        self.queue._records.operations.append(record)
-        if self.span is not None:
-            self.span.detach()
-            self.span.ended(record)
-
-    def _next_attempt(self) -> None:
-        meta = self.meta
-        self.attempts += 1
-        self.started_at: float | None = None
-        self.asked_at = clock()
-        self.job = _CallJob(meta.priority, meta.rank, meta.model_name, front=self.attempts > 1)
-        self.job.operation = self
-
-    async def _wait(self, waiter: AsyncWaiter) -> None:
-        queue_timeout = self.queue.queue_timeout
-        if queue_timeout is None:
-            await waiter.wait()
-            return
-        with anyio.move_on_after(queue_timeout) as scope:
-            await waiter.wait()
-        if scope.cancelled_caught:
-            self._give_up_waiting()
-
-    def _give_up_waiting(self) -> None:
-        """Raise `QueueTimeout`, unless the slot came at the last moment."""
-        queue = self.queue
-        try:
-            with queue._lock:
-                if self.job.state is State.RUNNING:
-                    return
-                others = queue._scheduler.waiting - 1
-        finally:
-            queue._settle()
-        raise QueueTimeout(
-            f"waited queue_timeout={queue.queue_timeout:g} s for one of {queue.max_concurrency} slots, with "
-            f"{others} others waiting; raise queue_timeout or max_concurrency, or submit less at once"
-        )
-
-    def _started(self) -> None:
-        self.started_at = clock()
-        if self.span is not None:
-            self.span.attempt_started(self.attempts)
-
-
-def _lost(job: Job) -> _Return:
-    """The attempt of a caller whose loop has ended."""
-    return _Return(job.operation, job, Outcome.IGNORED, True)  # type: ignore[attr-defined]  # every job here is a _CallJob
-
-
-def _outcome(error: BaseException | None, verdict: Verdict | None) -> CallOutcome:
-    if verdict is None:
-        return "ok"
-    if verdict.kind is Kind.CANCELLED:
-        return "cancelled"
-    if isinstance(error, (RequestTimeout, QueueTimeout)):
-        return "timeout"
-    return "rejected" if verdict.refused else "error"
-
-
-def _error_type(error: BaseException | None) -> str | None:
-    return None if error is None else type(error).__qualname__
+        changes["limits"] = others if most is None else (*others, Depth(most))
+    return replace(policy, **changes)
 
 
 def _positive(name: str, seconds: float | None) -> float | None:

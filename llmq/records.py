@@ -8,15 +8,15 @@ within one loop mean something, nothing else does. Percentiles come from these r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CallOutcome = Literal["ok", "error", "cancelled", "rejected", "timeout"]
-"""ok; error: the call raised; cancelled: by its caller; rejected: refused by the provider; timeout."""
+CallOutcome = Literal["ok", "error", "cancelled", "rejected", "queue_full", "dropped", "timeout"]
+"""ok; error: the call raised; cancelled: by its caller, or by `queue.cancel()`; rejected: refused by the provider;
+queue_full: refused at the door; dropped: turned away while it waited, or by a draining or closed queue; timeout."""
 
 
 @dataclass(slots=True)
@@ -71,6 +71,7 @@ class OperationRecord:
         return self.ended_at - self.submitted_at
 
 
+T = TypeVar("T")
 R = TypeVar("R", AttemptRecord, OperationRecord)
 
 _DERIVED = {AttemptRecord: ("wait_seconds", "service_seconds"), OperationRecord: ("duration_seconds",)}
@@ -99,19 +100,42 @@ class Records:
     attempts: RecordList[AttemptRecord]
 
 
+QuickCall = tuple[int, float, float, float]
+"""A call with nothing to tell but its times: sequence, submitted, started, ended. No burden to the collector."""
+
+
 class RecordBuffer:
-    """The newest `size` operations and attempts. Appending is safe from any thread."""
+    """The newest records, in order of their end: at most `size` operations and as many attempts.
+
+    Appending to `ended` is safe from any thread.
+    """
 
     def __init__(self, size: int) -> None:
-        self.operations: deque[OperationRecord] = deque(maxlen=size)
-        self.attempts: deque[AttemptRecord] = deque(maxlen=size)
+        self.size = size
+        self.ended: deque[OperationRecord | AttemptRecord | QuickCall] = deque(maxlen=2 * size)
 
     def snapshot(self) -> Records:
         """Everything that is kept, copied."""
-        return Records(RecordList(_copied(self.operations)), RecordList(_copied(self.attempts)))
+        operations: RecordList[OperationRecord] = RecordList()
+        attempts: RecordList[AttemptRecord] = RecordList()
+        for record in _copied(self.ended):
+            if isinstance(record, AttemptRecord):
+                attempts.append(record)
+            elif isinstance(record, OperationRecord):
+                operations.append(record)
+            else:
+                sequence, at, start, end = record
+                operations.append(OperationRecord(sequence, *_NOTHING, at, end, 1, start - at, "ok"))
+                attempts.append(AttemptRecord(sequence, 1, *_NOTHING, at, start, end, "ok"))
+        del operations[: max(0, len(operations) - self.size)]
+        del attempts[: max(0, len(attempts) - self.size)]
+        return Records(operations, attempts)
 
 
-def _copied(records: deque[R]) -> Iterable[R]:
+_NOTHING = (None, None, None, None)
+
+
+def _copied(records: deque[T]) -> list[T]:
     while True:  # another thread may append while a deque is read, which raises
         try:
             return list(records)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import RuntimeInUseError
-from llmq.queue import LLMQueue, Slot
+from llmq.operations import Slot
+from llmq.queue import LLMQueue
 from llmq.retry import Retry, unqueued
 
 if TYPE_CHECKING:
@@ -37,8 +38,14 @@ class RuntimeEnv:
         self.settings = settings
         self.llm_queue: LLMQueue | None = None
         if settings.llm_queue_enabled:
+            policy = settings.queue_policy
             self.llm_queue = LLMQueue(
-                settings.llm_queue_concurrency,
+                policy.max_concurrency,
+                limits=policy.limits,
+                overflow=policy.overflow,
+                ageing_seconds=policy.ageing_seconds,
+                strict=policy.strict,
+                fair_share=policy.fair_share,
                 queue_timeout=settings.queue_timeout,
                 request_timeout=settings.request_timeout,
             )

@@ -12,10 +12,21 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -24,6 +35,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from llmq.core import Cap, Depth, FairShare, Policy, Priority, Rate
+from llmq.core.policy import AGEING_SECONDS
 from llmq.errors import ConfigError
 from llmq.providers.spec import ProviderSpec
 from llmq.retry import Retry
@@ -47,12 +60,99 @@ def _yaml_off(value: object) -> object:
 
 
 Count = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1)]
+Places = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, allow_inf_nan=False)]
 
 
 def _http_url(url: str | None) -> str | None:
     if url is not None and not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
     return url
+
+
+class _Limit(BaseModel):
+    """One entry of `llm_queue_limits`, checked by making the limit that it stands for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: str | None = None
+
+    def made(self) -> Cap | Rate | Depth:
+        """The limit."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self.made()
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class CapEntry(_Limit):
+    """`{cap: 8, by: model_name, overrides: {large: 2}}`: see `llmq.Cap`."""
+
+    cap: Count
+    overrides: dict[str | None, Count] = {}
+
+    def made(self) -> Cap:
+        """The limit."""
+        return Cap(self.cap, self.by, self.overrides)
+
+
+class RateEntry(_Limit):
+    """`{rate: 500, per: minute, of: requests, by: model_name, burst: 0, overrides: {large: 60}}`: see `llmq.Rate`."""
+
+    rate: Positive
+    per: Literal["second", "minute", "hour", "day"] = "minute"
+    of: Literal["requests", "tokens"] = "requests"
+    burst: float = Field(0, ge=0, allow_inf_nan=False)
+    overrides: dict[str | None, Positive] = {}
+
+    def made(self) -> Rate:
+        """The limit."""
+        return Rate(self.rate, self.per, self.of, self.by, self.burst, self.overrides)
+
+
+class DepthEntry(_Limit):
+    """`{max_queued: 50, by: service_id, overrides: {}}`: see `llmq.Depth`."""
+
+    max_queued: Places
+    overrides: dict[str | None, Places] = {}
+
+    def made(self) -> Depth:
+        """The limit."""
+        return Depth(self.max_queued, self.by, self.overrides)
+
+
+class FairShareEntry(BaseModel):
+    """`{by: service_id, weights: {a: 3}, of: calls}`: see `llmq.FairShare`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: str = Field(min_length=1)
+    weights: dict[str | None, Positive] = {}
+    of: Literal["calls", "tokens"] = "calls"
+
+    def made(self) -> FairShare:
+        """The share."""
+        return FairShare(self.by, self.weights, self.of)
+
+
+def _kind_of_limit(entry: object) -> str | None:
+    names = entry if isinstance(entry, Mapping) else type(entry).model_fields if isinstance(entry, _Limit) else ()
+    return next((kind for kind in ("cap", "rate", "max_queued") if kind in names), None)
+
+
+LimitEntry = Annotated[
+    Annotated[CapEntry, Tag("cap")] | Annotated[RateEntry, Tag("rate")] | Annotated[DepthEntry, Tag("max_queued")],
+    Discriminator(
+        _kind_of_limit,
+        custom_error_type="limit",
+        custom_error_message="a limit is a mapping with one of the keys cap, rate, max_queued",
+    ),
+]
 
 
 class Settings(BaseSettings):
@@ -65,6 +165,22 @@ class Settings(BaseSettings):
 
     llm_queue_enabled: bool = Field(False, description="Send every call through the process's one queue.")
     llm_queue_concurrency: Count = Field(3, description="Calls in flight at once, with the queue on.")
+    llm_queue_limits: tuple[LimitEntry, ...] = Field(
+        (), description="Caps, rates and depths, by model or any other field or label; all of them hold."
+    )
+    llm_queue_max_queued: Places | None = Field(None, description="Calls that may wait, in all; null: no bound.")
+    llm_queue_overflow: Literal["wait", "reject", "drop_oldest"] = Field(
+        "wait", description="What a full queue does: callers wait, the newest is refused, the oldest dropped."
+    )
+    llm_queue_ageing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        AGEING_SECONDS, description="A class that has waited so long gets every fourth start; null: never."
+    )
+    llm_queue_strict: tuple[Literal["urgent", "high", "normal", "low"], ...] = Field(
+        (), description="Classes that nothing lower passes, however long it has waited."
+    )
+    llm_queue_fair_share: FairShareEntry | None = Field(
+        None, description="Share each class between the values of a field or label, by weights; null: first come."
+    )
     concurrency: Count = Field(5, description="Services (items) open at once; bounds memory, never calls.")
     request_timeout: Seconds | None = Field(60.0, description="Seconds a call may run in its slot; null: no bound.")
     queue_timeout: Seconds | None = Field(None, description="Seconds a call may wait for a slot; null: no bound.")
@@ -78,6 +194,9 @@ class Settings(BaseSettings):
         None, description="Endpoint of an OpenAI-compatible provider, with its /v1; null: the SDK's own."
     )
     model: str = Field("simulated-1", min_length=1, description="Model to ask for.")
+    models: dict[Literal["descriptions", "features", "mapping", "ambitions"], str] = Field(
+        {}, description="Another model for a kind of stage: descriptions, features, mapping, ambitions."
+    )
     api_key_env: str = Field(
         "OPENAI_API_KEY", min_length=1, description="Name of the environment variable that holds the key."
     )
@@ -120,6 +239,11 @@ class Settings(BaseSettings):
                 f"retry_cap_seconds={self.retry_cap_seconds:g} ({sources['retry_cap_seconds']})"
             )
 
+        try:
+            _ = self.queue_policy
+        except ValueError as error:
+            raise ConfigError(f"llm_queue_limits ({sources['llm_queue_limits']}): {error}") from None
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -136,6 +260,24 @@ class Settings(BaseSettings):
     def source_of(self, name: str) -> str:
         """Where a setting's value came from: argument, environment NAME, a file, or default."""
         return self._sources[name]
+
+    @property
+    def queue_policy(self) -> Policy:
+        """Limits and order of the process's queue."""
+        depth = () if self.llm_queue_max_queued is None else (Depth(self.llm_queue_max_queued),)
+        return Policy(
+            self.llm_queue_concurrency,
+            (*(entry.made() for entry in self.llm_queue_limits), *depth),
+            self.llm_queue_overflow,
+            self.llm_queue_ageing_seconds,
+            frozenset(Priority[name.upper()] for name in self.llm_queue_strict),
+            None if self.llm_queue_fair_share is None else self.llm_queue_fair_share.made(),
+        )
+
+    @property
+    def stage_models(self) -> dict[str, str]:
+        """The models of the kinds of stages that have one of their own."""
+        return {str(kind): model for kind, model in self.models.items()}
 
     @property
     def retry(self) -> Retry:

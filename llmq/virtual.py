@@ -12,6 +12,8 @@ import selectors
 from collections.abc import Mapping
 from typing import Any
 
+from llmq.waiters import use_loop_clocks
+
 
 class VirtualDeadlock(RuntimeError):
     """Every task waits for another one and no timer is set: in real time this would hang for ever."""
@@ -23,6 +25,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._virtual_seconds = 0.0
         super().__init__(_JumpingSelector(self))
+        use_loop_clocks()
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""

@@ -1,22 +1,28 @@
-"""How a waiting caller is parked and woken: in an asyncio loop, a trio run or a plain thread.
+"""How a waiting caller is parked and woken, in an asyncio loop, a trio run or a plain thread; and what time it is.
 
 `wake` may be called from any thread and any loop, once. It raises `Gone` when the caller's loop has ended, so
 that what was meant for it can go to somebody else. Who parks in a loop is woken through that loop: one
-thread-safe call a waiter, no polling.
+thread-safe call a waiter, no polling. In the thread of that loop the call need not be a thread-safe one.
+
+`now()` is the time that the queue goes by: the monotonic clock, until somebody runs a loop with a clock of its own
+(virtual time); from then on it asks the running loop, which costs more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
 import time
 from asyncio import AbstractEventLoop
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
 if TYPE_CHECKING:
+    from trio.abc import Clock
     from trio.lowlevel import TrioToken
 
 
@@ -30,40 +36,59 @@ class Waiter(Protocol):
     def wake(self) -> None:
         """Let the caller go on; safe from anywhere. Raises `Gone`."""
 
+    @property
+    def home(self) -> object:
+        """The loop or run in which it waits; None for a thread."""
+
 
 class AsyncWaiter(Waiter, Protocol):
-    """A parked task."""
+    """A parked task. To await it is to wait without a bound."""
 
-    async def wait(self) -> None:
-        """Return after `wake`."""
+    def __await__(self) -> Generator[Any, None, bool]:
+        """Return True after `wake`."""
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Return after `wake`; False when `timeout` seconds passed first."""
 
 
-class AsyncioWaiter:
-    """A task of an asyncio loop."""
+class AsyncioWaiter(asyncio.Future[bool]):
+    """A task of an asyncio loop. It is its own future, since there may be 100,000 of them."""
 
-    __slots__ = ("_future", "_loop")
+    __slots__ = ("_thread",)
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
-        self._future: asyncio.Future[None] = loop.create_future()
+        super().__init__(loop=loop)
+        self._thread = threading.get_ident()
 
-    async def wait(self) -> None:
-        """Return after `wake`."""
-        await self._future
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Return after `wake`; False when `timeout` seconds passed first."""
+        if timeout is None:
+            return await self
+        # No cancel scope: a task that is collected here could not leave it.
+        timer = self.get_loop().call_later(timeout, self._resolve, False)
+        try:
+            return await self
+        finally:
+            timer.cancel()
 
     def wake(self) -> None:
         """Let the task go on."""
-        if running_loop() is self._loop:
-            self._resolve()
-            return
         try:
-            self._loop.call_soon_threadsafe(self._resolve)
-        except RuntimeError as error:
+            if threading.get_ident() == self._thread:
+                self._resolve(True)
+            else:
+                self.get_loop().call_soon_threadsafe(self._resolve, True)
+        except RuntimeError as error:  # the loop is closed
             raise Gone from error
 
-    def _resolve(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
+    @property
+    def home(self) -> object:
+        """Its loop."""
+        return self.get_loop()
+
+    def _resolve(self, woken: bool) -> None:
+        if not self.done():
+            self.set_result(woken)
 
 
 class TrioWaiter:
@@ -77,9 +102,22 @@ class TrioWaiter:
         self._token: TrioToken = trio.lowlevel.current_trio_token()
         self._event = trio.Event()
 
-    async def wait(self) -> None:
-        """Return after `wake`."""
-        await self._event.wait()
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Return after `wake`; False when `timeout` seconds passed first."""
+        import trio
+
+        with trio.move_on_after(math.inf if timeout is None else timeout):
+            await self._event.wait()
+        return self._event.is_set()
+
+    def __await__(self) -> Generator[Any, None, bool]:
+        """Return True after `wake`."""
+        return self.wait().__await__()
+
+    @property
+    def home(self) -> object:
+        """Its run."""
+        return self._token
 
     def wake(self) -> None:
         """Let the task go on."""
@@ -110,6 +148,10 @@ class ThreadWaiter:
         """Block until `wake`; False when `timeout` seconds passed first."""
         return self._closed.acquire(timeout=-1 if timeout is None else timeout)
 
+    @property
+    def home(self) -> None:
+        """None."""
+
     def wake(self) -> None:
         """Let the thread go on."""
         self._closed.release()
@@ -132,11 +174,14 @@ def in_trio_run() -> bool:
 def new_waiter() -> AsyncWaiter:
     """Park-place for the current task. Raises RuntimeError outside asyncio and trio."""
     if in_trio_run():  # first, since trio may run as a guest of an asyncio loop
+        notice_clock()
         return TrioWaiter()
     loop = running_loop()
-    if loop is not None:
-        return AsyncioWaiter(loop)
-    raise RuntimeError("no asyncio or trio event loop runs here; from a plain thread use submit_sync()")
+    if loop is None:
+        raise RuntimeError("no asyncio or trio event loop runs here; from a plain thread use submit_sync()")
+    if type(loop).time is not _REAL_TIME:
+        use_loop_clocks()
+    return AsyncioWaiter(loop)
 
 
 def is_own_cancellation(error: BaseException) -> bool:
@@ -160,9 +205,33 @@ def clock() -> float:
     loop = running_loop()
     if loop is not None:
         return loop.time()
+    virtual = _mock_clock()
+    return time.monotonic() if virtual is None else float(virtual.current_time())
+
+
+now: Callable[[], float] = time.monotonic
+"""Seconds, as cheaply as possible. To be called as `waiters.now()`, since it may be replaced by `clock`."""
+
+_REAL_TIME = asyncio.BaseEventLoop.time
+
+
+def use_loop_clocks() -> None:
+    """Go by the clock of the running loop from now on."""
+    global now
+    now = clock
+
+
+def notice_clock() -> None:
+    """Go by the clock of the running loop if that is another than the monotonic one."""
+    loop = running_loop()
+    if (loop is not None and type(loop).time is not _REAL_TIME) or _mock_clock() is not None:
+        use_loop_clocks()
+
+
+def _mock_clock() -> Clock | None:
+    """The clock of the trio run in this thread, if that is a mock."""
     testing = sys.modules.get("trio.testing")
-    if testing is not None and in_trio_run():
-        virtual = sys.modules["trio"].lowlevel.current_clock()
-        if isinstance(virtual, testing.MockClock):
-            return float(virtual.current_time())
-    return time.monotonic()
+    if testing is None or not in_trio_run():
+        return None
+    found: Clock = sys.modules["trio"].lowlevel.current_clock()
+    return found if isinstance(found, testing.MockClock) else None

@@ -14,7 +14,14 @@ ROOT = Path(llmq.__file__).parent
 PUBLIC = [
     "AnswerError",
     "AttemptRecord",
+    "Cap",
+    "Change",
+    "Changes",
     "ConfigError",
+    "Counts",
+    "Depth",
+    "Drop",
+    "FairShare",
     "InputError",
     "ItemOutcome",
     "Kind",
@@ -24,11 +31,17 @@ PUBLIC = [
     "OperationRecord",
     "Outcome",
     "Pipeline",
+    "Policy",
     "Priority",
     "ProviderError",
+    "QueueCancelledError",
+    "QueueClosedError",
     "QueueDrainingError",
+    "QueueDroppedError",
     "QueueError",
+    "QueueFullError",
     "QueueTimeout",
+    "Rate",
     "Records",
     "RequestTimeout",
     "Retry",
@@ -44,6 +57,7 @@ PUBLIC = [
     "classify",
     "configure_logfire",
     "limiter",
+    "report_tokens",
     "submit",
     "sweep",
     "using",
@@ -52,10 +66,11 @@ PUBLIC = [
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors", "core"},
-    {"records", "waiters", "virtual"},
+    {"waiters"},
+    {"records", "virtual", "alarms", "changes", "usage"},
     {"retry", "telemetry", "providers"},
     {"settings", "items"},
-    {"queue"},
+    {"queue", "operations"},
     {"runtime"},
     {"pipeline"},
     {"generators"},
@@ -75,7 +90,9 @@ def modules():
 def imports(path):
     """What a file imports from llmq, as dotted names without the `llmq.`; the whole file, types included."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmq"):
+        if isinstance(node, ast.ImportFrom) and node.module == "llmq":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmq"):
             yield node.module.removeprefix("llmq").removeprefix(".")
         elif isinstance(node, ast.Import):
             yield from (a.name.removeprefix("llmq.") for a in node.names if a.name.startswith("llmq."))

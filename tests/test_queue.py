@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import functools
 
 import anyio
@@ -45,7 +46,7 @@ def assert_idle(queue):
     queue._scheduler.check()
     found = queue.statistics()
     assert (found.in_flight, found.waiting, queue.open_operations) == (0, 0, 0)
-    assert found.submitted == found.abandoned + sum(found.ended.values())
+    assert found.submitted == found.abandoned + sum(found.dropped.values()) + sum(found.ended.values())
 
 
 async def test_result_passes_through():
@@ -346,13 +347,18 @@ async def test_retry_after_holds_back_every_waiter_of_that_model_and_no_other():
     assert_idle(queue)
 
 
-async def test_a_hold_ends_with_its_sleeper_even_if_that_is_cancelled():
+@pytest.mark.parametrize("retry", [Retry(2), None])
+async def test_a_hold_lasts_as_long_as_the_provider_said_whatever_becomes_of_the_refused_call(retry):
     queue, calls = make_queue(1), Calls()
     refused = FailsFirst(1, status_code=429, headers={"retry-after": "1000"})
-    with anyio.move_on_after(5):
-        await queue.submit(refused, retry=Retry(2))
-    assert queue.statistics().held_keys == ()
+    with anyio.move_on_after(5), pytest.raises(ProviderError) if retry is None else contextlib.nullcontext():
+        await queue.submit(refused, retry=retry)
+    began = anyio.current_time()
+    assert queue.statistics().held_keys == (None,)
+    assert "Retry-After" in queue.explain() or queue.statistics().waiting == 0
     await queue.submit(calls)
+    assert 990 < anyio.current_time() - began < 1002
+    assert queue.statistics().held_keys == ()
     assert_idle(queue)
 
 

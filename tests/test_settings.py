@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmq import Cap, Depth, FairShare, Policy, Priority, Rate, RuntimeEnv
 from llmq.errors import ConfigError
 from llmq.settings import Settings
 
@@ -114,6 +115,72 @@ def test_a_bad_environment_is_refused_with_its_name(monkeypatch, name, value, me
         Settings()
 
 
+def test_limits_from_yaml_become_the_queues():
+    write(
+        """
+        llm_queue_enabled: true
+        llm_queue_limits:
+          - {cap: 4, by: agent, overrides: {writer: 1}}
+          - {rate: 500, by: model_name}
+          - {rate: 20000, per: hour, of: tokens, burst: 100}
+          - {max_queued: 50, by: service_id}
+        llm_queue_max_queued: 1000
+        llm_queue_overflow: reject
+        llm_queue_ageing_seconds: null
+        llm_queue_strict: [urgent, high]
+        llm_queue_fair_share: {by: agent, weights: {writer: 2}}
+        """
+    )
+    queue = RuntimeEnv.initialize(Settings()).llm_queue
+    assert queue.policy == Policy(
+        3,
+        (
+            Cap(4, by="agent", overrides={"writer": 1}),
+            Rate(500, by="model_name"),
+            Rate(20000, per="hour", of="tokens", burst=100),
+            Depth(50, by="service_id"),
+            Depth(1000),
+        ),
+        "reject",
+        None,
+        frozenset({Priority.URGENT, Priority.HIGH}),
+        FairShare("agent", weights={"writer": 2}),
+    )
+
+
+def test_limits_from_the_environment_are_json(monkeypatch):
+    monkeypatch.setenv("SA_LLM_QUEUE_LIMITS", '[{"cap": 2, "by": "model_name"}, {"rate": 5, "per": "second"}]')
+    monkeypatch.setenv("SA_LLM_QUEUE_STRICT", '["urgent"]')
+    found = Settings()
+    assert found.queue_policy.limits == (Cap(2, by="model_name"), Rate(5, per="second"))
+    assert found.queue_policy.strict == {Priority.URGENT}
+    assert "environment SA_LLM_QUEUE_LIMITS" in found.source_of("llm_queue_limits")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("llm_queue_limits: [{caps: 3}]", r"llm_queue_limits\.0 .*one of the keys cap, rate, max_queued"),
+        ("llm_queue_limits: [5]", r"llm_queue_limits\.0 .*one of the keys cap, rate, max_queued"),
+        ("llm_queue_limits: {cap: 5}", r"llm_queue_limits \(config/app.yaml\): .*tuple"),
+        ("llm_queue_limits: [{cap: 0}]", r"llm_queue_limits\.0\.cap\.cap .*greater than or equal to 1, got 0"),
+        ("llm_queue_limits: [{cap: 3, per: minute}]", r"llm_queue_limits\.0\.cap\.per .*not permitted"),
+        ("llm_queue_limits: [{rate: -1}]", r"llm_queue_limits\.0\.rate\.rate .*greater than 0"),
+        ("llm_queue_limits: [{rate: 5, per: week}]", r"llm_queue_limits\.0\.rate\.per .*'minute'.*got 'week'"),
+        ("llm_queue_limits: [{rate: 5, overrides: {m: 3}}]", r"llm_queue_limits\.0\.rate .*no overrides; say by"),
+        ("llm_queue_limits: [{cap: 3, by: ''}]", r"llm_queue_limits\.0\.cap .*name of a field or label"),
+        ("llm_queue_limits: [{cap: 3}, {cap: 4}]", r"llm_queue_limits \(config/app.yaml\): two limits of the same"),
+        ("llm_queue_strict: [critical]", r"llm_queue_strict\.0 .*'urgent'.*got 'critical'"),
+        ("llm_queue_fair_share: {by: a, weights: {x: 0}}", r"llm_queue_fair_share\.weights\.x .*greater than 0"),
+        ("models: {featres: m}", r"models\.featres.* .*'features'"),
+    ],
+)
+def test_bad_limits_are_refused_with_their_place(text, message):
+    write(text)
+    with pytest.raises(ConfigError, match=message):
+        Settings()
+
+
 def test_other_variables_are_nobodys_business(monkeypatch):
     monkeypatch.setenv("SA_SOMETHING_ELSE", "1")
     Settings()
@@ -136,7 +203,10 @@ def test_the_example_names_every_key_with_its_default_and_a_comment():
     path = PROJECT / "config" / "app.example.yaml"
     shown = yaml.safe_load(path.read_text())
     assert list(shown) == list(Settings.model_fields)
-    assert Settings(path).model_dump() == Settings().model_dump()
+    examples = {name for name in shown if getattr(Settings(path), name) != getattr(Settings(), name)}
+    assert examples == {"llm_queue_limits", "llm_queue_strict", "llm_queue_fair_share", "models"}
+    assert path.read_text().count("Example (default: ") == len(examples)
+    assert Settings(path).model_dump(exclude=examples) == Settings().model_dump(exclude=examples)
     assert set(shown["simulate"]) == set(type(Settings().simulate).model_fields)
     lines = [line.strip() for line in path.read_text().splitlines()]
     for before, line in itertools.pairwise(lines):

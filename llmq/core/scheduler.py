@@ -1,221 +1,732 @@
 """Which call starts next, as a state machine of plain functions.
 
 Rules
-- A job runs when a slot is free, the scheduler is not paused and the job's key is not held.
-- Of the jobs that may run, the least (priority, not front, rank, sequence) starts first. A held key never
-  blocks another key's jobs.
-- Every input returns the jobs that start because of it, in order; the caller must wake them. A started job
-  holds its slot until `finish`, whoever calls it; a second `finish` or `cancel` of one job does nothing.
-- Whoever waits, waits for something named: a running job, a pause, or a hold on its key.
+- A job runs when a slot is free, the scheduler is not paused, and every resource of its lane lets it: its model's gate,
+  the caps and the rates (`lanes.py` says how jobs wait, and who goes first).
+- Every input returns the jobs whose callers must be woken, in order: they run now, or have a `drop`. The job that is
+  submitted is never among them; its state tells. A running job holds what it took until `finish` or, if it never
+  began its call, `cancel`; whoever calls them, a second time does nothing.
+- Whoever waits, waits for something named: a running job, a moment in time, a pause. `deadline` is the next such
+  moment; `tick` at it, or later, starts what it lets start. A spurious tick is harmless.
+- The depth of the queue bounds who may wait. Full, it refuses, or drops the oldest of the lowest class, or lets callers
+  wait at the door. Those at the door are not accepted yet, so `drain` turns them away; else they are treated as all.
+- A clock that goes back is taken for another clock: no wait gets longer by it.
 
-How it stays O(log n): the waiting jobs of a key form a *lane* with a heap of its own; `_ready` is a heap of the
-lanes' heads. A cancelled job stays in its heaps until it surfaces, and both kinds of heap are rebuilt when
-what is dead in them outweighs what lives, so the work is amortised and the memory bounded.
+How a settling goes: the best lane that stands ready is asked what blocks its head. If nothing does, it starts; else
+the lane goes to stand in the blocker's line. A resource that has something to give offers it to the best lane in its
+line, one at a time, by letting it stand ready again; what can only be given later, sets an alarm. So a job costs
+O(log n) for each resource that it passes, and nobody looks through others' waiters. (Lanes between two resources that
+are exhausted in turn do go to and fro: then a start can cost a step for each lane, never for each job.)
+
+The calls of a queue without limits whose meta tells nothing take the short way through `submit` and `finish`.
 """
 
-import operator
-from collections import OrderedDict
-from heapq import heapify, heappop, heappush
+from __future__ import annotations
 
-from llmq.core.jobs import Job, Outcome, State, Statistics
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from heapq import heappop, heappush
+from typing import Any
 
-_Entry = tuple[int, bool, int, int, Job]
-_SLACK = 16
+from llmq.core.capacity import Depth, Gate, Places, Seats
+from llmq.core.jobs import NO_META, Counts, Drop, Job, LLMTaskMeta, Outcome, Priority, State, Statistics
+from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Flow, Lane, Line, Resource
+from llmq.core.policy import Policy, identity
+from llmq.core.rates import Bucket, Rate
 
-
-class _Lane:
-    """The waiting jobs of one key."""
-
-    __slots__ = ("dead", "heap", "holds")
-
-    def __init__(self) -> None:
-        self.heap: list[_Entry] = []
-        self.dead = 0
-        self.holds = 0
-
-    def drop_dead(self) -> None:
-        """Take cancelled jobs off the top, or out of the whole heap when they are the larger part."""
-        if self.dead > _SLACK and self.dead * 2 > len(self.heap):
-            self.heap = [entry for entry in self.heap if entry[4].state is State.WAITING]
-            heapify(self.heap)
-            self.dead = 0
-        while self.heap and self.heap[0][4].state is not State.WAITING:
-            heappop(self.heap)
-            self.dead -= 1
+_NOBODY: Sequence[Job] = ()
+_KEPT_IDLE = 1024
+_KEPT_KEYS = 10_000
+_RUNNING, _ENDED = State.RUNNING, State.ENDED
+_SUCCEEDED = Outcome.SUCCEEDED
 
 
 class Scheduler:
-    """Slots under one global cap. Not thread-safe; every method takes the time where it needs it."""
+    """Slots, caps, rates and order. Not thread-safe; every method takes the time where it needs it."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = _checked(limit)
+    def __init__(self, policy: Policy) -> None:
         self.paused = False
-        self.running: set[Job] = set()
-        self._waiting: OrderedDict[int, Job] = OrderedDict()
-        self._lanes: dict[str | None, _Lane] = {}
-        self._ready: list[_Entry] = []
+        self.refusing: Drop | None = None
+        self.waiting = 0
+        self._claims: dict[int, Claim] = {}  # of those who run, apart from those on the short way
+        self._free = policy.max_concurrency
+        self._quick_successes = 0
         self._submitted = 0
         self._abandoned = 0
-        self._ended = dict.fromkeys(Outcome, 0)
+        self._dropped = dict.fromkeys(Drop, 0)
+        self._past: dict[tuple[str, Any], Counts] = {}
+        self._gates: dict[str | None, Gate] = {}
+        self._now = -math.inf
+        self._plain = Claim(None, NO_META)  # type: ignore[arg-type]  # shared by all on the short way
+        self._adopt(policy, {})
+
+    def _adopt(self, policy: Policy, carried_over: dict[tuple[object, str | None], Bucket]) -> None:
+        self.policy = policy
+        self.limit = policy.max_concurrency
+        self._keys = policy.keys
+        self._has_rates = any(isinstance(limit, Rate) for limit in policy.limits)
+        self._bare = not policy.limits and policy.fair_share is None
+        self._depths = policy.depths
+        self.counts_tokens = any(isinstance(limit, Rate) and limit.of == "tokens" for limit in policy.limits) or (
+            policy.fair_share is not None and policy.fair_share.of == "tokens"
+        )
+        self._ready = self._line()
+        self._lanes: dict[tuple[object, ...], Lane] = {}
+        self._resources: dict[tuple[object, str | None], Resource] = {}
+        self._carried_over = carried_over
+        self._places: dict[tuple[int, str | None], Places] = {}
+        self._at_door: dict[int, Places] = {}
+        self._flows: dict[tuple[int, str | None], Flow] = {}
+        self._virtual_times: dict[int, float] = {}
+        self.alarms: list[tuple[float, int, Resource]] = []
+        self._alarm_number = 0
+        self._keep_lanes = _KEPT_IDLE
+        self._plain.lane = self._lane(NO_META)
+        self._open = self._bare
+        self._short = self._bare and not self.paused and self.refusing is None
 
     @property
-    def waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._waiting)
+    def in_flight(self) -> int:
+        """How many jobs run."""
+        return self.limit - self._free
 
-    def submit(self, job: Job, now: float) -> list[Job]:
-        """Take in a new job."""
-        if job.state is not State.NEW:
-            raise ValueError(f"job {job.sequence} was submitted before; a job is one attempt, make a new one")
-        if not isinstance(job.rank, int) or not isinstance(job.priority, int):
-            raise TypeError(f"priority and rank are whole numbers, got {job.priority!r} and {job.rank!r}")
-        lane = self._lanes.get(job.key)  # refuses a key that cannot be one, before anything has changed
-        job.sequence = self._submitted
+    @property
+    def uses_time(self) -> bool:
+        """Whether there may be a deadline: rates, or a gate that has kept somebody back."""
+        return self._has_rates or not all(gate.is_through(self._now) for gate in self._gates.values())
+
+    @property
+    def deadline(self) -> float | None:
+        """The next moment at which `tick` would do something, or None."""
+        while self.alarms and self.alarms[0][2].alarm != self.alarms[0][0]:
+            heappop(self.alarms)
+        return self.alarms[0][0] if self.alarms else None
+
+    def submit(self, job: Job, now: float) -> Sequence[Job]:
+        """Take in a new job. Afterwards it runs, waits, or has a `drop`."""
+        self._submitted = job.sequence = self._submitted + 1
         job.submitted_at = now
-        self._submitted += 1
-        if not self.paused and len(self.running) < self.limit and (lane is None or not lane.holds):
-            # Nobody with a better claim can be waiting: they would have been started.
-            self._start(job, now)
-            return [job]
-        job.state = State.WAITING
-        self._waiting[job.sequence] = job
-        if lane is None:
-            lane = self._lanes[job.key] = _Lane()
-        heappush(lane.heap, (job.priority, not job.front, job.rank, job.sequence, job))
-        self._offer(lane)
-        self._trim_ready()
-        return []
+        if self._free > 0 and self._short and job.meta is NO_META:
+            job.state = _RUNNING
+            job.started_at = now
+            job.claim = self._plain
+            self._free -= 1
+            return _NOBODY
+        return self._take_in(job, now)
 
-    def finish(self, job: Job, outcome: Outcome, now: float) -> list[Job]:
-        """End a running job, giving its slot on. A job that does not run is left alone."""
-        if job.state is not State.RUNNING:
-            return []
-        job.state = State.ENDED
-        self.running.discard(job)
-        self._ended[outcome] += 1
+    def finish(self, job: Job, outcome: Outcome, now: float) -> Sequence[Job] | None:
+        """End a running job, giving on what it took. None: it does not run, and is left alone."""
+        if job.state is not _RUNNING:
+            return None
+        job.state = _ENDED
+        self._free += 1
+        if outcome is _SUCCEEDED and job.claim is self._plain and self._bare:
+            self._quick_successes += 1
+        else:
+            self._end(job, outcome, now)
+        return self._settle(now) if self.waiting else _NOBODY
+
+    def cancel(self, job: Job, now: float) -> Sequence[Job]:
+        """Take a job out that waits, or that was to run and never began: that gives all back that it took."""
+        if job.state is State.WAITING:
+            self._take_out(job, now)
+            self._abandoned += 1
+        elif job.state is _RUNNING:
+            job.state = _ENDED
+            self._free += 1
+            self._give_back(job, now, used=None, refund=True)
+            self._abandoned += 1
         return self._settle(now)
 
-    def cancel(self, job: Job, now: float) -> list[Job]:
-        """Take a waiting job out. A running one keeps its slot until `finish`."""
+    def drop(self, jobs: Sequence[Job], why: Drop, now: float) -> Sequence[Job]:
+        """Turn jobs away that wait; their callers must be told."""
+        dropped = [job for job in jobs if self._drop(job, why, now)]
+        return [*dropped, *self._settle(now)]
+
+    def tick(self, now: float) -> Sequence[Job]:
+        """Start what `deadline` was waited for."""
+        return self._settle(now)
+
+    def hold(self, model_name: str | None, until: float, now: float) -> Sequence[Job]:
+        """Keep the waiting jobs of a model from starting until a time."""
+        self._now = max(now, self._now)
+        self._gate(model_name).hold(until, now)
+        self._look_for_short_way(now)
+        return self._settle(now)
+
+    def pause(self, paused: bool, now: float) -> Sequence[Job]:
+        """Start nothing more, or go on."""
+        self.paused = paused
+        self._look_for_short_way(now)
+        return self._settle(now)
+
+    def refuse(self, why: Drop | None, now: float) -> Sequence[Job]:
+        """Take in no new jobs, or do again. Those at the door are turned away, and with CLOSED all that wait."""
+        self.refusing = why
+        self._look_for_short_way(now)
+        if why is None:
+            return self._settle(now)
+        jobs = (
+            list(self.jobs()) if why is Drop.CLOSED else [job for job in self.jobs() if job.sequence in self._at_door]
+        )
+        return self.drop(jobs, why, now)
+
+    def resize(self, max_concurrency: int, now: float) -> Sequence[Job]:
+        """Change the number of slots. Running jobs keep theirs, so a lower one is reached as they end."""
+        self.policy = replace(self.policy, max_concurrency=max_concurrency)
+        self._free += max_concurrency - self.limit
+        self.limit = max_concurrency
+        return self._settle(now)
+
+    def reconfigure(self, policy: Policy, now: float) -> Sequence[Job]:
+        """Go on under another policy: who waits keeps its place in the order, who runs counts under the new limits,
+        and what a rate has given out stays given out. Nobody who waits is turned away. Costs O(waiting)."""
+        buckets = {key: found for key, found in self._resources.items() if isinstance(found, Bucket)}
+        waiting = sorted(self.jobs(), key=lambda job: job.sequence)
+        for lane in self._lanes.values():
+            self._remember(lane)
+        for bucket in buckets.values():
+            bucket.advance(now)
+        on_short_way = self.in_flight - len(self._claims)
+        self._free += policy.max_concurrency - self.limit
+        old_gates, self._gates = self._gates, {}
+        self._adopt(policy, buckets)
+        for model_name, gate in old_gates.items():
+            if not gate.idle(now):
+                self._gate(model_name).hold(gate.open_at, gate.held_at)
+        for sequence, old in self._claims.items():
+            self._claims[sequence] = claim = self._claim_again(old)
+            claim.lane.in_flight += 1
+            for resource in claim.lane.resources:
+                resource.count_running(1)
+        for resource in self._plain.lane.resources:
+            resource.count_running(on_short_way)
+        self.waiting = 0
+        for job in waiting:
+            job.claim = self._claim_again(job.claim)
+            self._wait(job)
+            self._find_place(job)
+        self._look_for_short_way(now)
+        return self._settle(now)
+
+    def model_of(self, job: Job) -> str | None:
+        """The model that a job asked for when it came."""
+        return None if job.meta is NO_META else job.claim.lane.values[0]
+
+    def jobs(self) -> Iterator[Job]:
+        """All that wait."""
+        for lane in self._lanes.values():
+            yield from lane.waiting.values()
+
+    def explain(self, job: Job, now: float) -> str:
+        """What a job waits for, in words. Changes nothing."""
+        if job.state is _RUNNING:
+            return f"runs, for {now - (job.started_at or now):.1f} s"
         if job.state is not State.WAITING:
-            return []
-        job.state = State.ENDED
-        self._abandoned += 1
-        del self._waiting[job.sequence]
-        lane = self._lanes[job.key]
-        lane.dead += 1
-        lane.drop_dead()
-        self._offer(lane)
-        self._tidy(job.key, lane)
-        return self._settle(now)
+            return "has ended" if job.started_at is not None or job.drop is None else f"was dropped: {job.drop.value}"
+        lane = job.claim.lane
+        door = self._at_door.get(job.sequence)
+        before = lane.before(job)
+        behind = f", with {before} like it before it" if before else ""
+        if door is not None:
+            behind += f", at the door of a full queue ({door.describe()})"
+        tokens = self._tokens(lane)
+        for resource in lane.resources:
+            if resource.ready_at(tokens, now) > now:
+                return f"waits for {resource.why(tokens, now)}{behind}"
+        if self.paused:
+            return f"waits for resume(): the queue is paused{behind}"
+        if self._free <= 0:
+            return f"waits for one of {self.limit} slots, all taken{behind}"
+        for resource in lane.resources:
+            if lane.line is resource.line:
+                return f"waits behind others for {resource.why(tokens, now)}{behind}"
+        return f"is about to start{behind}"
 
-    def hold(self, key: str | None, now: float) -> list[Job]:
-        """Keep the waiting jobs of `key` from starting until as many `lift` calls came."""
-        self._lanes.setdefault(key, _Lane()).holds += 1
-        return self._settle(now)
-
-    def lift(self, key: str | None, now: float) -> list[Job]:
-        """Take one hold back."""
-        lane = self._lanes.get(key)
-        if lane is None or not lane.holds:
-            return []
-        lane.holds -= 1
-        self._offer(lane)
-        self._tidy(key, lane)
-        return self._settle(now)
-
-    def reconfigure(self, now: float, *, limit: int | None = None, paused: bool | None = None) -> list[Job]:
-        """Change the cap or pause. Running jobs keep their slots, so a lower cap is reached as they end."""
-        if limit is not None:
-            self.limit = _checked(limit)
-        if paused is not None:
-            self.paused = paused
-        return self._settle(now)
+    def describe_depth(self, job: Job) -> str:
+        """The bounds on waiting that are reached for a job's like, in words."""
+        return ", ".join(places.describe() for places in self._places_of(job) if places.full)
 
     def statistics(self, now: float) -> Statistics:
         """What is counted, in O(keys). Changes nothing."""
-        oldest = next(iter(self._waiting.values()), None)
+        by_class = {priority: Counts() for priority in Priority}
+        by_key: dict[str, dict[str | None, Counts]] = {name: {} for name in self.policy.keys}
+        for (name, key), past in self._past.items():
+            if name == "class":
+                _add(by_class[Priority(key)], past)
+            elif name in by_key:
+                _add(by_key[name].setdefault(key, Counts()), past)
+        for lane in self._lanes.values():
+            counts = _counts(lane, now)
+            _add(by_class[Priority(lane.priority)], counts)
+            if counts.waiting or counts.in_flight or any(counts.ended.values()):
+                for name, key in zip(self.policy.keys, lane.values, strict=True):
+                    _add(by_key[name].setdefault(key, Counts()), counts)
+        waits = [c.oldest_wait_seconds for c in by_class.values() if c.oldest_wait_seconds is not None]
+        quick = Counts(in_flight=self.in_flight - len(self._claims))
+        quick.ended[_SUCCEEDED] = self._quick_successes
+        if quick.in_flight or self._quick_successes:
+            _add(by_class[Priority.NORMAL], quick)
+            for name in self._keys:
+                _add(by_key[name].setdefault(None, Counts()), quick)
         return Statistics(
             limit=self.limit,
             paused=self.paused,
-            in_flight=len(self.running),
-            waiting=len(self._waiting),
+            in_flight=self.in_flight,
+            waiting=self.waiting - len(self._at_door),
+            at_door=len(self._at_door),
             submitted=self._submitted,
             abandoned=self._abandoned,
-            ended=dict(self._ended),
-            oldest_wait_seconds=None if oldest is None else now - oldest.submitted_at,
-            held_keys=tuple(key for key, lane in self._lanes.items() if lane.holds),
+            dropped=dict(self._dropped),
+            ended={outcome: sum(counts.ended[outcome] for counts in by_class.values()) for outcome in Outcome},
+            oldest_wait_seconds=max(waits, default=None),
+            held_keys=tuple(key for key, gate in self._gates.items() if not gate.idle(now)),
+            by_class=by_class,
+            by_key=by_key,
         )
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold. For tests, after every step."""
-        assert all(job.state is State.RUNNING for job in self.running)
-        assert all(job.state is State.WAITING for job in self._waiting.values())
-        ended = sum(self._ended.values())
-        assert self._submitted == len(self._waiting) + len(self.running) + self._abandoned + ended
-        in_lanes = 0
-        heads = []
-        for key, lane in self._lanes.items():
-            alive = [entry[4] for entry in lane.heap if entry[4].state is State.WAITING]
-            in_lanes += len(alive)
-            assert lane.dead == len(lane.heap) - len(alive)
-            assert lane.heap or lane.holds, f"empty lane {key!r} was kept"
-            if alive and not lane.holds:
-                assert lane.heap[0][4].in_ready
-                heads.append(lane.heap[0][4])
-        assert in_lanes == len(self._waiting)
-        assert len(self._ready) <= 2 * len(self._lanes) + _SLACK
-        if len(self.running) < self.limit and not self.paused:
-            assert not heads, "a slot is free, and a job waits for nothing"
+        lanes = list(self._lanes.values())
+        ended = sum(lane.succeeded + lane.ignored + lane.rejected for lane in lanes)
+        ended += sum(sum(past.ended.values()) for (name, _), past in self._past.items() if name == "class")
+        gone = self._abandoned + sum(self._dropped.values()) + ended + self._quick_successes
+        assert self._submitted == self.waiting + self.in_flight + gone, "a job was lost or doubled"
+        on_short_way = self.in_flight - len(self._claims)
+        assert on_short_way >= 0
+        assert self.waiting == sum(len(lane.waiting) for lane in lanes)
+        in_flight: dict[Lane, int] = {}
+        for claim in self._claims.values():
+            in_flight[claim.lane] = in_flight.get(claim.lane, 0) + 1
+        for lane in lanes:
+            self._check_lane(lane, in_flight.get(lane, 0))
+        for resource in self._every_resource():
+            if isinstance(resource, Seats):
+                sitting = sum(n for lane, n in in_flight.items() if resource in lane.resources)
+                sitting += on_short_way * (resource in self._plain.lane.resources)
+                assert resource.taken == sitting, "a seat was lost or doubled"
+            resource.line.check()
+        self._ready.check()
+        for places in self._places.values():
+            inside = [job for jobs in places.inside.values() for job in jobs.values()]
+            assert places.taken == len(inside)
+            assert all(job.state is State.WAITING and job.sequence not in self._at_door for job in inside)
+        assert all(place.full for place in self._at_door.values()), "somebody stands at an open door"
+        if not self.paused and self._free > 0:
+            assert not self._ready, "a slot is free, and a lane stands ready"
+        for resource in self._every_resource():
+            self._check_resource(resource)
+
+    def _check_lane(self, lane: Lane, in_flight: int) -> None:
+        assert lane.in_flight == in_flight
+        lane.check()
+        if not lane.waiting:
+            assert lane.line is None
+            return
+        assert lane.line is not None, "a lane waits for nothing"
+        assert lane.entry is not None
+        assert lane.entry[3] == lane.head[2], "a lane stands by an old head"
+        assert lane.line is self._ready or lane.line in [resource.line for resource in lane.resources]
+
+    def _check_resource(self, resource: Resource) -> None:
+        if resource.offered is not None:
+            assert resource.offered.line is self._ready
+            assert resource.offered.offered_by is resource
+        elif (lane := resource.line.best(self._now)) is not None:
+            # With an alarm set, ageing or a new estimate may have made somebody else the best meanwhile.
+            at = resource.ready_at(self._tokens(lane), self._now)
+            assert at > self._now or resource.alarm is not None, "a resource keeps what it has"
+            assert at == math.inf or resource.alarm is not None, "no alarm is set"
+
+    def _take_in(self, job: Job, now: float) -> Sequence[Job]:
+        """`submit`, the long way."""
+        if job.state is not State.NEW:
+            self._submitted -= 1
+            raise ValueError(f"job {job.sequence} was submitted before; a job is one attempt, make a new one")
+        job.drop = job.started_at = job.used_tokens = None
+        if self._bare and job.meta is NO_META:
+            job.claim = self._plain
+        else:
+            try:
+                job.claim = self._claim(job.meta)
+            except BaseException:
+                self._submitted -= 1
+                raise
+        why = self.refusing
+        if why is not None and (why is Drop.CLOSED or not job.front):
+            self._turned_away(job, why)
+            return _NOBODY
+        self._wait(job)
+        if self._open and self._free <= 0:
+            return _NOBODY
+        woken = [other for other in self._settle(now) if other is not job]
+        if self._depths and not job.front and job.sequence in job.claim.lane.waiting:
+            woken += self._make_room(job, now)
+            self._find_place(job)
+        return woken
+
+    def _wait(self, job: Job) -> None:
+        job.state = State.WAITING
+        self.waiting += 1
+        if job.claim.lane.add(job):
+            self._stand_ready(job.claim.lane)
+
+    def _make_room(self, job: Job, now: float) -> Sequence[Job]:
+        """Where the queue is full: turn the newcomer away, or others for it, or nobody. Returns whom else to wake."""
+        full = [places for places in self._places_of(job) if places.full]
+        if not full or self.policy.overflow == "wait":
+            return _NOBODY
+        victims = [places.oldest_of_lowest_class() for places in full]
+        if self.policy.overflow == "reject" or any(
+            victim is None or victim.claim.lane.priority < job.claim.lane.priority for victim in victims
+        ):
+            self._drop(job, Drop.FULL, now)
+            return self._settle(now)
+        return self.drop([victim for victim in victims if victim is not None], Drop.OLDEST, now)
+
+    def _find_place(self, job: Job) -> None:
+        """Let a waiting job in, or let it stand at the first door that is closed to it."""
+        if job.state is not State.WAITING or not self._depths or job.front:
+            return
+        places = self._places_of(job)
+        closed = next((place for place in places if place.full), None)
+        if closed is None:
+            for place in places:
+                place.enter(job)
+        else:
+            self._at_door[job.sequence] = closed
+            heappush(closed.door, (job.sequence, job))
+
+    def _leave_place(self, job: Job) -> None:
+        """Give a job's place up, and let in who stands at the door for it."""
+        if not self._depths or self._at_door.pop(job.sequence, None) is not None:
+            return
+        for place in self._places_of(job):
+            place.leave(job)
+            while place.door and not place.full:
+                sequence, other = heappop(place.door)
+                if self._at_door.get(sequence) is place:
+                    del self._at_door[sequence]
+                    self._find_place(other)
+
+    def _take_out(self, job: Job, now: float) -> None:
+        """Let a waiting job leave."""
+        job.state = _ENDED
+        self.waiting -= 1
+        lane = job.claim.lane
+        was_head = lane.remove(job)
+        self._leave_place(job)
+        if not was_head:
+            return
+        if lane.waiting:
+            self._stand_ready(lane)
+        else:
+            self._stand_down(lane)
+        for resource in lane.resources:
+            self._offer(resource, now)
+
+    def _drop(self, job: Job, why: Drop, now: float) -> bool:
+        if job.state is not State.WAITING:
+            return False
+        self._take_out(job, now)
+        self._turned_away(job, why)
+        return True
+
+    def _turned_away(self, job: Job, why: Drop) -> None:
+        job.state = _ENDED
+        job.drop = why
+        self._dropped[why] += 1
 
     def _settle(self, now: float) -> list[Job]:
         """Start what can start. The one place where waiting jobs become running ones."""
+        if self._open:
+            return self._start_freely(now)
+        now = self._ring(now)
         started: list[Job] = []
-        while self._ready and not self.paused and len(self.running) < self.limit:
-            entry = heappop(self._ready)
-            job = entry[4]
-            job.in_ready = False
-            lane = self._lanes.get(job.key)
-            if lane is None or lane.holds or not lane.heap or lane.heap[0] is not entry:
-                continue  # cancelled, held, or no longer its lane's first
-            heappop(lane.heap)
-            del self._waiting[job.sequence]
-            self._start(job, now)
+        while not self.paused and self._free > 0 and (job := self._next(now)) is not None:
+            job.state = _RUNNING
+            job.started_at = now
+            self._free -= 1
+            self.waiting -= 1
+            self._leave_place(job)
             started.append(job)
-            lane.drop_dead()
-            self._offer(lane)
-            self._tidy(job.key, lane)
-        self._trim_ready()
         return started
 
-    def _start(self, job: Job, now: float) -> None:
-        job.state = State.RUNNING
-        job.started_at = now
-        self.running.add(job)
+    def _start_freely(self, now: float) -> list[Job]:
+        """`_settle` where nothing but slots is asked for."""
+        started: list[Job] = []
+        ready = self._ready
+        while self._free > 0 and not self.paused and (lane := ready.best(now)) is not None:
+            job = lane.pop()
+            job.state = _RUNNING
+            job.started_at = now
+            if job.claim is not self._plain:
+                self._claims[job.sequence] = job.claim
+                lane.in_flight += 1
+            self._free -= 1
+            self.waiting -= 1
+            started.append(job)
+            ready.served(lane.priority, now)
+            if lane.waiting:
+                ready.renew(lane)
+            else:
+                ready.remove(lane)
+        return started
 
-    def _offer(self, lane: _Lane) -> None:
-        """Put a lane's first job among the ready ones, once."""
-        if not lane.holds and lane.heap and not lane.heap[0][4].in_ready:
-            lane.heap[0][4].in_ready = True
-            heappush(self._ready, lane.heap[0])
+    def _ring(self, now: float) -> float:
+        """Let the resources whose alarm is due offer what they have. Returns the time to go by."""
+        if now < self._now - CLOCK_JUMP_SECONDS:
+            for resource in self._every_resource():
+                resource.clock_went_back(now)
+                self._offer(resource, now)
+        elif now < self._now:
+            now = self._now
+        self._now = now
+        while (deadline := self.deadline) is not None and deadline <= now:
+            resource = heappop(self.alarms)[2]
+            resource.alarm = None
+            if now > deadline:
+                resource.was_late(now - deadline, now)
+            self._offer(resource, now)
+        if self._bare:
+            self._look_for_short_way(now)
+        return now
 
-    def _trim_ready(self) -> None:
-        """Leave out what is no lane's head any more, once it is the larger part."""
-        if len(self._ready) <= 2 * len(self._lanes) + _SLACK:
+    def _next(self, now: float) -> Job | None:
+        """Take the job that may start, and what it needs; None if there is none."""
+        while (lane := self._ready.best(now)) is not None:
+            source = self._stand_down(lane)
+            tokens = self._tokens(lane)
+            blocker = _blocker(lane, tokens, source, now)
+            if blocker is not None:
+                blocker.line.add(lane)
+                self._offer(blocker, now)
+                if source is not None:
+                    self._offer(source, now)
+                continue
+            job = lane.pop()
+            job.claim.reserved = tokens
+            if job.claim is not self._plain:
+                self._claims[job.sequence] = job.claim
+                lane.in_flight += 1
+            self._charge(lane, tokens)
+            self._ready.served(lane.priority, now)
+            for resource in lane.resources:
+                resource.take(tokens, now)
+                resource.line.served(lane.priority, now)
+            if lane.waiting:
+                self._stand_ready(lane)
+            for resource in lane.resources:
+                self._offer(resource, now)
+            return job
+        return None
+
+    def _offer(self, resource: Resource, now: float) -> None:
+        """Let the best lane that waits for a resource try again, if the resource has something for it."""
+        if resource.offered is not None:
             return
-        for entry in self._ready:
-            entry[4].in_ready = False
-        self._ready = [lane.heap[0] for lane in self._lanes.values() if lane.heap and not lane.holds]
-        for entry in self._ready:
-            entry[4].in_ready = True
-        heapify(self._ready)
+        if (lane := resource.line.best(now)) is None:
+            resource.alarm = None
+            return
+        at = resource.ready_at(self._tokens(lane), now)
+        if at <= now:
+            self._stand_ready(lane)
+            resource.offered = lane
+            lane.offered_by = resource
+        elif at < math.inf and resource.alarm != at:
+            resource.alarm = at
+            self._alarm_number += 1
+            heappush(self.alarms, (at, self._alarm_number, resource))
 
-    def _tidy(self, key: str | None, lane: _Lane) -> None:
-        if not lane.heap and not lane.holds:
-            del self._lanes[key]
+    def _stand_ready(self, lane: Lane) -> None:
+        """Let a lane that has jobs stand among the ready ones, by its present head; what it was offered stays so."""
+        if lane.line is not None:
+            lane.line.remove(lane)
+        if lane.flow is not None:
+            lane.tag = max(self._virtual_times.get(lane.priority, 0.0), lane.flow.finish)
+        self._ready.add(lane)
+
+    def _stand_down(self, lane: Lane) -> Resource | None:
+        """Let a lane leave its line. Returns the resource that had offered it something."""
+        if lane.line is not None:
+            lane.line.remove(lane)
+        source, lane.offered_by = lane.offered_by, None
+        if source is not None:
+            source.offered = None
+        return source
+
+    def _charge(self, lane: Lane, tokens: float) -> None:
+        """Book a start on its fair share."""
+        share = self.policy.fair_share
+        if share is None or lane.flow is None:
+            return
+        before = self._virtual_times.get(lane.priority, 0.0)
+        self._virtual_times[lane.priority] = max(before, lane.tag)
+        lane.flow.finish = lane.tag + (tokens if share.of == "tokens" else 1.0) / lane.flow.weight
+
+    def _end(self, job: Job, outcome: Outcome, now: float) -> None:
+        claim = self._claims.get(job.sequence, self._plain)  # not job's own, if the policy was changed meanwhile
+        claim.lane.count(outcome)
+        used = None if claim is self._plain else job.used_tokens
+        if used is None and outcome is Outcome.REJECTED:
+            used = 0.0  # a refused call has used none
+        self._give_back(job, now, used=used, refund=False)
+
+    def _give_back(self, job: Job, now: float, *, used: float | None, refund: bool) -> None:
+        claim = self._claims.pop(job.sequence, self._plain)
+        lane = claim.lane
+        if claim is not self._plain:
+            lane.in_flight -= 1
+        share = self.policy.fair_share
+        if share is not None and lane.flow is not None and share.of == "tokens" and used is not None:
+            lane.flow.finish += (used - claim.reserved) / lane.flow.weight
+        for resource in lane.resources:
+            resource.give_back(claim, now, used=used, refund=refund)
+            self._offer(resource, now)
+
+    def _tokens(self, lane: Lane) -> float:
+        """What a lane's head will use: its estimate, or else what such calls have used of late."""
+        if not self.counts_tokens:
+            return 0.0
+        tokens = lane.head[3].claim.tokens
+        if tokens is not None:
+            return tokens
+        return max((found.typical for found in lane.resources if isinstance(found, Bucket)), default=0.0)
+
+    def _claim(self, meta: LLMTaskMeta) -> Claim:
+        if not isinstance(meta.rank, int) or not isinstance(meta.priority, int):
+            raise TypeError(f"priority and rank are whole numbers, got {meta.priority!r} and {meta.rank!r}")
+        if not Priority.URGENT <= meta.priority <= Priority.LOW:
+            raise ValueError(f"priority is one of {', '.join(Priority.__members__)}; got {meta.priority!r}")
+        if meta.tokens is not None and not (isinstance(meta.tokens, (int, float)) and 0 <= meta.tokens < math.inf):
+            raise ValueError(f"tokens is an estimate, a number of at least 0, or None; got {meta.tokens!r}")
+        return Claim(self._lane(meta), meta)
+
+    def _claim_again(self, old: Claim) -> Claim:
+        """A claim under the present policy, with the estimate that it came with."""
+        claim = self._claim(old.meta)
+        claim.tokens, claim.reserved = old.tokens, old.reserved
+        return claim
+
+    def _lane(self, meta: LLMTaskMeta) -> Lane:
+        values = tuple(meta.value_of(name) for name in self._keys)
+        key = (int(meta.priority), values)
+        lane = self._lanes.get(key)
+        if lane is None:
+            if len(self._lanes) >= self._keep_lanes:
+                self._forget_idle()
+            by_name = dict(zip(self._keys, values, strict=True))
+            lane = self._lanes[key] = Lane(
+                key[0], values, tuple(self._resources_of(by_name)), self._flow(key[0], by_name)
+            )
+        return lane
+
+    def _resources_of(self, by_name: dict[str, str | None]) -> Iterator[Resource]:
+        yield self._gate(by_name["model_name"])
+        for limit in self.policy.limits:
+            if not isinstance(limit, Depth):
+                key = None if limit.by is None else by_name[limit.by]
+                found = self._resources.get((identity(limit), key))
+                if found is None:
+                    found = self._resources[identity(limit), key] = limit.resource(key, self._line())
+                    old = self._carried_over.pop((identity(limit), key), None)
+                    if old is not None and isinstance(found, Bucket):
+                        found.carry_over(old)
+                yield found
+
+    def _gate(self, model_name: str | None) -> Gate:
+        gate = self._gates.get(model_name)
+        if gate is None:
+            gate = self._gates[model_name] = Gate(model_name, self._line())
+        return gate
+
+    def _flow(self, priority: int, by_name: dict[str, str | None]) -> Flow | None:
+        share = self.policy.fair_share
+        if share is None:
+            return None
+        key = by_name[share.by]
+        flow = self._flows.get((priority, key))
+        if flow is None:
+            flow = self._flows[priority, key] = Flow((priority, key), share.weights.get(key, 1.0))
+        return flow
+
+    def _places_of(self, job: Job) -> list[Places]:
+        values = dict(zip(self._keys, job.claim.lane.values, strict=True))
+        found = []
+        for number, depth in enumerate(self._depths):
+            key = None if depth.by is None else values[depth.by]
+            places = self._places.get((number, key))
+            if places is None:
+                places = self._places[number, key] = Places(key, depth.limit_of(key), depth.by)
+            found.append(places)
+        return found
+
+    def _line(self) -> Line:
+        return Line(self.policy.ageing_seconds, self.policy.strict)
+
+    def _every_resource(self) -> list[Resource]:
+        return [*self._gates.values(), *self._resources.values()]
+
+    def _look_for_short_way(self, now: float) -> None:
+        """Whether nothing but slots is asked for, and whether calls that tell nothing need not be looked at."""
+        self._open = self._bare and all(gate.is_through(now) for gate in self._gates.values())
+        self._short = self._open and not self.paused and self.refusing is None
+
+    def _forget_idle(self) -> None:
+        """Forget lanes, and what only they needed, of which nothing is waiting or running. Amortised O(1)."""
+        kept = {}
+        for key, lane in self._lanes.items():
+            if lane.waiting or lane.in_flight or lane is self._plain.lane:
+                kept[key] = lane
+            else:
+                self._remember(lane)
+        self._lanes = kept
+        self._keep_lanes = max(_KEPT_IDLE, 2 * len(kept))
+        needed = {resource for lane in kept.values() for resource in lane.resources}
+        flows = {lane.flow for lane in kept.values()}
+        self._gates = {k: g for k, g in self._gates.items() if g in needed or not g.idle(self._now)}
+        self._resources = {k: r for k, r in self._resources.items() if r in needed or not r.idle(self._now)}
+        self._places = {k: p for k, p in self._places.items() if p.taken or p.door}
+        self._flows = {
+            k: f for k, f in self._flows.items() if f in flows or f.finish > self._virtual_times.get(k[0], 0.0)
+        }
+
+    def _remember(self, lane: Lane) -> None:
+        """Keep the counts of a lane that is to be forgotten; of keys, those of the newest."""
+        counts = Counts(ended=_counts(lane, 0.0).ended)
+        names = [("class", lane.priority), *zip(self._keys, lane.values, strict=True)]
+        for name in names:
+            _add(self._past.setdefault(name, Counts()), counts)
+        if len(self._past) > 2 * _KEPT_KEYS:
+            classes = {name: past for name, past in self._past.items() if name[0] == "class"}
+            self._past = classes | dict(list(self._past.items())[-_KEPT_KEYS:])
 
 
-def _checked(limit: int) -> int:
-    if operator.index(limit) < 1:
-        raise ValueError(f"max_concurrency must be at least 1, got {limit}; to stop starting calls, use pause()")
-    return limit
+def _blocker(lane: Lane, tokens: float, source: Resource | None, now: float) -> Resource | None:
+    """What keeps a lane's head from starting: something is used up, or who has a better claim to it needs more."""
+    for resource in lane.resources:
+        if resource.ready_at(tokens, now) > now:
+            return resource
+        if resource.is_selective and resource is not source and resource.line.goes_before(lane, now):
+            return resource
+    return None
+
+
+def _counts(lane: Lane, now: float) -> Counts:
+    oldest = next(iter(lane.waiting.values()), None)
+    ended = {
+        Outcome.SUCCEEDED: lane.succeeded,
+        Outcome.IGNORED: lane.ignored,
+        Outcome.REJECTED: lane.rejected,
+    }
+    return Counts(len(lane.waiting), lane.in_flight, ended, None if oldest is None else now - oldest.submitted_at)
+
+
+def _add(total: Counts, counts: Counts) -> None:
+    total.waiting += counts.waiting
+    total.in_flight += counts.in_flight
+    for outcome, number in counts.ended.items():
+        total.ended[outcome] += number
+    if counts.oldest_wait_seconds is not None:
+        total.oldest_wait_seconds = max(total.oldest_wait_seconds or 0.0, counts.oldest_wait_seconds)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -16,11 +16,14 @@ from pydantic import BaseModel, ValidationError
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import AnswerError
-from llmq.providers.chat import ChatAnswer, ChatClient, ChatRequest
+from llmq.providers.chat import ChatAnswer, ChatClient, ChatRequest, count_tokens
 from llmq.retry import Retry, unqueued
 from llmq.runtime import active_queue
 
 M = TypeVar("M", bound=BaseModel)
+
+ANSWER_TOKENS = 300
+"""Of an answer, as a first estimate; a rate of tokens is settled by what was really used."""
 
 CacheMode = Literal["off", "read", "refresh", "write"]
 
@@ -85,11 +88,13 @@ class Transcript:
 
 @dataclass(frozen=True)
 class SessionContext:
-    """What the calls of one service share. `rank` puts older services first; `sending` hears of each call just
-    before it is sent, once however often it is retried."""
+    """What the calls of one service share. `models` names another model for a kind of stage (`features`, `mapping`).
+    `rank` puts older services first; `sending` hears of each call just before it is sent, once however often it is
+    retried."""
 
     service_id: str | None = None
     model: str = "simulated-1"
+    models: Mapping[str, str] = field(default_factory=dict)
     rank: int = 0
     cache: AnswerCache | None = None
     transcript: Transcript | None = None
@@ -119,7 +124,7 @@ class ConversationSession:
         """
         context = self._context
         request = ChatRequest(
-            context.model,
+            context.models.get(self._stage.partition("_")[0], context.model),
             [{"role": "user", "content": prompt}],
             None if answer is None else answer.model_json_schema(),
             self._stage,
@@ -161,7 +166,8 @@ class ConversationSession:
         queue = active_queue()
         if queue is None:
             return await unqueued(call, retry=context.retry, request_timeout=context.request_timeout)
-        meta = LLMTaskMeta(self._stage, context.model, context.service_id, rank=context.rank)
+        tokens = sum(count_tokens(message["content"]) for message in request.messages) + ANSWER_TOKENS
+        meta = LLMTaskMeta(self._stage, request.model, context.service_id, rank=context.rank, tokens=tokens)
         return await queue.submit(call, meta=meta, retry=context.retry)
 
 

@@ -110,7 +110,8 @@ def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) ->
     return SessionContext(
         service.service_id,
         settings.model,
-        rank,
+        rank=rank,
+        models=settings.stage_models,
         cache=AnswerCache(settings.cache_mode, settings.cache_dir),
         transcript=None if folder is None else Transcript(folder, service.service_id),
         retry=settings.retry,

@@ -1,0 +1,377 @@
+"""Where jobs wait: in lanes, which stand in lines before what blocks them.
+
+- A **lane** holds the waiting jobs that are alike to every limit: one class, one model, one key for each limit.
+  So whatever blocks its first job blocks all of it, and only heads are ever compared.
+- A **resource** is what a job takes to run, apart from its slot: a seat under a cap, a part of a rate, an open gate.
+- A **line** orders lanes. Every resource has one, for the lanes that it blocks; one more, the scheduler's, is for the
+  lanes that may start once a slot is free. A lane stands in one line at most.
+
+A line lets the best class first, and in it the best head: (not front, fair-share tag, rank, arrival). Ageing: a class
+that has been standing in a line for `ageing_seconds` gets every fourth place there while better ones also wait,
+unless the best of those is strict. So nobody starves, and a backlog of old calls cannot take an urgent one's place.
+
+Entries that no longer hold stay in their heap until they surface or outnumber the others; then it is rebuilt. That
+keeps every operation at O(log n) amortised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush, heapreplace
+
+from llmq.core.jobs import Job, LLMTaskMeta, Outcome, State
+
+EVERY = 4
+"""Of so many starts, one goes to an overdue class."""
+
+CLOCK_JUMP_SECONDS = 1.0
+"""A clock that is back by more than this is another clock; by less, it was read before another thread's."""
+
+_SLACK = 16
+_WAITING = State.WAITING
+
+Entry = tuple[bool, float, int, int, "Lane"]
+JobEntry = tuple[bool, int, int, Job]
+
+
+class Claim:
+    """What one job takes from the resources of its lane: kept from its arrival, since its meta may be changed."""
+
+    __slots__ = ("lane", "meta", "reserved", "tokens")
+
+    def __init__(self, lane: Lane, meta: LLMTaskMeta) -> None:
+        self.lane = lane
+        self.meta = meta
+        self.tokens = meta.tokens
+        self.reserved = 0.0
+
+
+class Resource:
+    """Something that a job takes to run. Subclasses say when, and count."""
+
+    __slots__ = ("alarm", "key", "line", "offered")
+
+    is_selective = False
+    """Whether it can be ready for one job and not for another."""
+
+    def __init__(self, key: str | None, line: Line) -> None:
+        self.key = key
+        self.line = line
+        self.offered: Lane | None = None
+        self.alarm: float | None = None
+
+    def ready_at(self, tokens: float, now: float) -> float:
+        """When a job of so many tokens may take its part: `now` or before, later, or inf if that hangs on others."""
+        raise NotImplementedError
+
+    def take(self, tokens: float, now: float) -> None:
+        """Take a job's part."""
+
+    def give_back(self, claim: Claim, now: float, *, used: float | None, refund: bool) -> None:
+        """End a job's part. `used` is what it used in tokens, None if unknown; `refund`: it was never sent."""
+
+    def was_late(self, seconds: float, now: float) -> None:
+        """The alarm came so late."""
+
+    def clock_went_back(self, now: float) -> None:
+        """What was noted lies in the future now."""
+
+    def count_running(self, jobs: int) -> None:
+        """Count jobs that run already."""
+
+    def idle(self, now: float) -> bool:
+        """Whether forgetting it would change nothing."""
+        raise NotImplementedError
+
+    def why(self, tokens: float, now: float) -> str:
+        """What a job waits for here, in words."""
+        raise NotImplementedError
+
+
+class Flow:
+    """The share of one key in one class. `finish` is the virtual time up to which it has had its part."""
+
+    __slots__ = ("finish", "key", "weight")
+
+    def __init__(self, key: tuple[int, str | None], weight: float) -> None:
+        self.key = key
+        self.weight = weight
+        self.finish = 0.0
+
+
+class Lane:
+    """Waiting jobs that are alike to every limit, and the counts of all that ever were.
+
+    Jobs mostly come in the order in which they go: those stand in `_row`, at a constant cost. Those that come with a
+    better claim than its last go to `_heap`. The head is the better of the two first ones.
+    """
+
+    __slots__ = (
+        "_heap",
+        "_row",
+        "dead",
+        "entry",
+        "flow",
+        "head",
+        "ignored",
+        "in_flight",
+        "line",
+        "offered_by",
+        "priority",
+        "rejected",
+        "resources",
+        "succeeded",
+        "tag",
+        "values",
+        "waiting",
+    )
+
+    head: JobEntry
+    """Of the job that goes first; there is one as long as somebody waits."""
+
+    def __init__(
+        self,
+        priority: int,
+        values: tuple[str | None, ...],
+        resources: tuple[Resource, ...],
+        flow: Flow | None,
+    ) -> None:
+        self.priority = priority
+        self.values = values
+        self.resources = resources
+        self.flow = flow
+        self.tag = 0.0
+        self._row: deque[JobEntry] = deque()
+        self._heap: list[JobEntry] = []
+        self.dead = 0
+        self.waiting: OrderedDict[int, Job] = OrderedDict()
+        self.line: Line | None = None
+        self.entry: Entry | None = None
+        self.offered_by: Resource | None = None
+        self.in_flight = self.succeeded = self.ignored = self.rejected = 0
+
+    def add(self, job: Job) -> bool:
+        """Let a job wait. Whether it is the new head."""
+        entry = (not job.front, job.meta.rank, job.sequence, job)
+        row = self._row
+        if not row or row[-1] < entry:
+            row.append(entry)
+        else:
+            heappush(self._heap, entry)
+        self.waiting[job.sequence] = job
+        if len(self.waiting) == 1 or entry < self.head:
+            self.head = entry
+            return True
+        return False
+
+    def remove(self, job: Job) -> bool:
+        """Take a job out that no longer waits. Whether it was the head."""
+        del self.waiting[job.sequence]
+        self.dead += 1
+        if self.dead > _SLACK and self.dead > len(self.waiting):
+            self._row = deque(entry for entry in self._row if entry[3].state is State.WAITING)
+            self._heap = [entry for entry in self._heap if entry[3].state is State.WAITING]
+            heapify(self._heap)
+            self.dead = 0
+        if self.head[3] is not job:
+            return False
+        self._find_head()
+        return True
+
+    def pop(self) -> Job:
+        """Take the head out."""
+        entry = self.head
+        job = entry[3]
+        del self.waiting[job.sequence]
+        if self._row and self._row[0] is entry:
+            self._row.popleft()
+        else:
+            heappop(self._heap)
+        self._find_head()
+        return job
+
+    def before(self, job: Job) -> int:
+        """How many go before a job that waits here."""
+        entries = [entry for entry in (*self._row, *self._heap) if entry[3].state is State.WAITING]
+        (mine,) = (entry for entry in entries if entry[3] is job)
+        return sum(entry < mine for entry in entries)
+
+    def count(self, outcome: Outcome) -> None:
+        """Note how a job ended."""
+        if outcome is Outcome.SUCCEEDED:
+            self.succeeded += 1
+        elif outcome is Outcome.REJECTED:
+            self.rejected += 1
+        else:
+            self.ignored += 1
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        entries = [*self._row, *self._heap]
+        alive = [entry for entry in entries if entry[3].state is State.WAITING]
+        assert len(entries) - len(alive) == self.dead
+        assert {entry[3] for entry in alive} == set(self.waiting.values())
+        assert not alive or self.head == min(alive)
+
+    def _find_head(self) -> None:
+        """Drop what no longer waits off both tops, and take the better one."""
+        row, heap = self._row, self._heap
+        while row and row[0][3].state is not _WAITING:
+            row.popleft()
+            self.dead -= 1
+        while heap and heap[0][3].state is not _WAITING:
+            heappop(heap)
+            self.dead -= 1
+        if row and not (heap and heap[0] < row[0]):
+            self.head = row[0]
+        elif heap:
+            self.head = heap[0]
+
+
+class _Rank:
+    """The lanes of one class in a line."""
+
+    __slots__ = ("heap", "served", "since", "size")
+
+    def __init__(self) -> None:
+        self.heap: list[Entry] = []
+        self.size = 0
+        self.since = math.inf
+        self.served = 0
+
+    def drop_dead(self) -> None:
+        """Rebuild the heap when more than half of it no longer holds."""
+        if len(self.heap) > 2 * self.size + _SLACK:
+            self.heap = [entry for entry in self.heap if entry[4].entry is entry]
+            heapify(self.heap)
+
+
+class Line:
+    """Lanes that wait for one thing, best first."""
+
+    __slots__ = ("_ageing_seconds", "_last_served", "_ranks", "_strict", "_turn")
+
+    def __init__(self, ageing_seconds: float | None, strict: Collection[int]) -> None:
+        self._ageing_seconds = ageing_seconds
+        self._strict = strict
+        self._ranks: dict[int, _Rank] = {}
+        self._turn = 0
+        self._last_served = 0
+
+    def __len__(self) -> int:
+        return sum(rank.size for rank in self._ranks.values())
+
+    def __bool__(self) -> bool:
+        return any(rank.size for rank in self._ranks.values())
+
+    def add(self, lane: Lane) -> None:
+        """Let a lane stand here, in the order of its head."""
+        not_front, rank_number, sequence, job = lane.head
+        rank = self._ranks.get(lane.priority)
+        if rank is None:
+            rank = self._ranks[lane.priority] = _Rank()
+        if not rank.size:
+            rank.since = job.submitted_at
+        rank.size += 1
+        lane.line = self
+        lane.entry = entry = (not_front, lane.tag, rank_number, sequence, lane)
+        heappush(rank.heap, entry)
+        rank.drop_dead()
+
+    def remove(self, lane: Lane) -> None:
+        """Let a lane of this line leave."""
+        rank = self._ranks[lane.priority]
+        rank.size -= 1
+        lane.line = lane.entry = None
+        if rank.heap[0][4].entry is not rank.heap[0]:
+            heappop(rank.heap)
+        rank.drop_dead()
+
+    def renew(self, lane: Lane) -> None:
+        """Let the lane that was `best` stand by its next head."""
+        rank = self._ranks[lane.priority]
+        not_front, rank_number, sequence, _ = lane.head
+        lane.entry = entry = (not_front, lane.tag, rank_number, sequence, lane)
+        heapreplace(rank.heap, entry)
+
+    def best(self, now: float) -> Lane | None:
+        """The lane whose turn it is. Asking changes nothing that matters."""
+        if len(self._ranks) == 1:
+            (rank,) = self._ranks.values()
+            return _top(rank) if rank.size else None
+        found = self._first()
+        if found is None or self._turn < EVERY - 1:
+            return found
+        overdue = self._overdue(found.priority, now)
+        return found if overdue is None else _top(overdue)
+
+    def goes_before(self, lane: Lane, now: float) -> bool:
+        """Whether somebody here has a better claim than a lane that stands elsewhere, or nowhere."""
+        best = self.best(now)
+        if best is None:
+            return False
+        if best.priority != lane.priority:
+            return best.priority < lane.priority or best is not self._first()
+        assert best.entry is not None
+        not_front, rank, sequence, _ = lane.head
+        return best.entry[:4] < (not_front, lane.tag, rank, sequence)
+
+    def served(self, priority: int, now: float) -> None:
+        """A job of this class took what the line is for."""
+        if len(self._ranks) < 2:
+            return
+        rank = self._ranks.get(priority)
+        if rank is not None:
+            self._last_served += 1
+            rank.served = self._last_served
+        first = self._first()
+        if first is None or first.priority >= priority:
+            self._turn += 1
+        else:
+            self._turn = 0
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        for priority, rank in self._ranks.items():
+            standing = [entry for entry in rank.heap if entry[4].entry is entry]
+            assert rank.size == len(standing) == len({entry[4] for entry in standing})
+            assert len(rank.heap) <= 2 * rank.size + _SLACK
+            assert all(entry[4].line is self and entry[4].priority == priority for entry in standing)
+
+    def _first(self) -> Lane | None:
+        """The best lane, ageing aside."""
+        best = None
+        for priority, rank in self._ranks.items():
+            if rank.size and (best is None or priority < best):
+                best = priority
+        return None if best is None else _top(self._ranks[best])
+
+    def _overdue(self, better: int, now: float) -> _Rank | None:
+        """The class that ageing lets first: of those overdue the one that was served longest ago."""
+        if self._ageing_seconds is None or better in self._strict:
+            return None
+        overdue = [
+            rank
+            for priority, rank in self._ranks.items()
+            if priority > better and rank.size and now - rank.since >= self._ageing_seconds
+        ]
+        return min(overdue, key=lambda rank: rank.served, default=None)
+
+
+def _top(rank: _Rank) -> Lane:
+    """The best lane of a class that has one; entries that no longer hold, or no longer at this tag, are put right."""
+    heap = rank.heap
+    while True:
+        entry = heap[0]
+        lane = entry[4]
+        if lane.entry is not entry:
+            heappop(heap)
+        elif lane.flow is not None and lane.flow.finish > entry[1]:
+            heappop(heap)
+            lane.tag = lane.flow.finish
+            lane.entry = entry = (entry[0], lane.tag, entry[2], entry[3], lane)
+            heappush(heap, entry)
+        else:
+            return lane
