@@ -13,7 +13,7 @@ from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from llmq import waiters
-from llmq.core import Drop, Job, LLMTaskMeta, Outcome, State
+from llmq.core import Drop, Job, LLMTaskMeta, Outcome, Scheduler, State
 from llmq.errors import (
     QueueCancelledError,
     QueueClosedError,
@@ -38,7 +38,7 @@ W = TypeVar("W", bound=Waiter)
 
 ABANDONED = Verdict(Kind.CANCELLED)
 
-_NEW, _RUNNING = State.NEW, State.RUNNING
+_NEW, _RUNNING, _ENDED = State.NEW, State.RUNNING, State.ENDED
 _SUCCEEDED = Outcome.SUCCEEDED
 
 
@@ -69,7 +69,7 @@ class Slot(Try):
     first counts, the others do nothing.
     """
 
-    __slots__ = ("_code", "_instruction", "queue")
+    __slots__ = ("_code", "_instruction", "lease", "queue")
 
     _code: CodeType
     _instruction: int
@@ -82,30 +82,37 @@ class Slot(Try):
         if not queue._quick:
             await self._have_operation().enter(self)
             return self
-        waiter = None
-        lock, scheduler = queue._lock, queue._scheduler
-        lock.acquire()
         try:
-            woken = scheduler.submit(self, waiters.now())
-            at_once = self.state is _RUNNING
-            if not at_once:
-                waiter = queue._park(self, new_waiter)
-        finally:
-            lock.release()
-        if not at_once or woken or queue._inbox:
-            in_time = True
-            try:
+            self.lease = [queue._scheduler.passes.pop()]
+        except IndexError:  # no coroutine of its own for what follows: 10,000 may be waiting in it
+            woken, waiter = self._ask(queue)
+        else:
+            self.started_at = waiters.now()
+            self.state = _RUNNING
+            return self
+        in_time = True
+        try:
+            if woken or queue._inbox or queue._mixed:
                 queue._after(woken)
-                if waiter is not None:
-                    in_time = await (waiter if queue.queue_timeout is None else waiter.wait(queue.queue_timeout))
-            except BaseException as error:
-                operation = self._have_operation()
-                operation.started_at = None  # it never began
-                operation.leave(error, judged(queue._classify, error))
-                raise
-            if self.state is not _RUNNING:
-                await self._have_operation().wait_for((), None, in_time=in_time)
+            if waiter is not None:
+                in_time = await (waiter if queue.queue_timeout is None else waiter.wait(queue.queue_timeout))
+        except BaseException as error:
+            operation = self._have_operation()
+            operation.started_at = None  # it never began
+            operation.leave(error, judged(queue._classify, error))
+            raise
+        if self.state is not _RUNNING:
+            await self._have_operation().wait_for((), None, in_time=in_time)
         return self
+
+    def _ask(self, queue: LLMQueue) -> tuple[Sequence[Job], AsyncWaiter | None]:
+        """Submit the slot itself. A waiter: it must wait there."""
+        with queue._lock:
+            woken = queue._scheduler.submit(self, waiters.now())
+            if self.state is not _RUNNING:
+                return woken, queue._park(self, new_waiter)
+            queue._scheduler.lend()  # for those who come next
+            return woken, None
 
     async def __aexit__(
         self,
@@ -114,25 +121,39 @@ class Slot(Try):
         traceback: TracebackType | None,
     ) -> None:
         queue = self.queue
-        lock, scheduler = queue._lock, queue._scheduler
-        if (
-            exc is None
-            and self.operation is None
-            and self.state is _RUNNING
-            and queue._quick
-            and lock.acquire(False)  # a finaliser that runs this may have interrupted the lock's holder
-        ):
-            try:
-                now = waiters.now()
-                woken = scheduler.finish(self, _SUCCEEDED, now)
-            finally:
-                lock.release()
-            if woken is not None:
-                queue._records.ended.append((self.sequence, self.submitted_at, self.started_at or now, now))
-            if woken or queue._inbox:
-                queue._after(woken or ())
-        else:
+        if exc is not None or not queue._quick or self.operation is not None:
             self.release(exc)
+            return
+        scheduler = queue._scheduler
+        if self.lease is None:
+            self._end(queue, scheduler)
+            return
+        try:
+            held = self.lease.pop()
+        except IndexError:
+            return  # ended before
+        self.state = _ENDED
+        at = self.started_at
+        queue._records.ended.append((next(scheduler.numbers), at, at, waiters.now()))  # type: ignore[arg-type]
+        held.uses += 1
+        scheduler.passes.append(held)
+        if scheduler.waiting or scheduler.closed:
+            queue._recall()
+
+    def _end(self, queue: LLMQueue, scheduler: Scheduler) -> None:
+        """End a slot that was waited for, with no operation."""
+        if not queue._lock.acquire(blocking=False):  # perhaps by whom a finaliser that runs this has interrupted
+            self.release()
+            return
+        try:
+            now = waiters.now()
+            woken = scheduler.finish(self, _SUCCEEDED, now)
+        finally:
+            queue._lock.release()
+        if woken is not None:
+            queue._records.ended.append((self.sequence, self.submitted_at, self.started_at or now, now))
+        if woken or queue._inbox:
+            queue._after(woken or ())
 
     def release(self, error: BaseException | None = None) -> None:
         """End the lease. `error` says why, if it was one. Once; further calls do nothing."""
@@ -162,6 +183,10 @@ class Slot(Try):
         operation = self.operation
         if operation is None:
             operation = self.operation = Operation(self.queue, self.meta, None)
+            if self.lease is not None:
+                self.submitted_at = self.started_at or 0.0
+                self.sequence = next(self.queue._scheduler.numbers)
+                self.used_tokens = None
             if self.state is not _NEW:
                 operation.id, operation.attempts = self.sequence, 1
                 operation.job = self

@@ -78,9 +78,10 @@ _NEW = State.NEW
 
 
 class _Return(NamedTuple):
-    """What comes back: an attempt and its operation; `job` None: the operation ends in its back-off."""
+    """What comes back: an attempt and its operation. Without `job` the operation ends in its back-off; without both
+    only a pass was given back."""
 
-    operation: Operation
+    operation: Operation | None
     job: Job | None
 
 
@@ -113,12 +114,12 @@ class LLMQueue:
         "_leaked",
         "_lock",
         "_loops",
+        "_mixed",
         "_open",
         "_orphans",
         "_quick",
         "_records",
         "_scheduler",
-        "_strangers",
         "_telemetry",
         "_watchers",
         "queue_timeout",
@@ -160,7 +161,7 @@ class LLMQueue:
         self._watchers: list[Changes] = []
         self._alarms: dict[int, Alarm] = {}
         self._loops: set[weakref.ref[AbstractEventLoop]] = set()
-        self._strangers = False  # callers of no asyncio loop: threads, trio
+        self._mixed = False  # callers of more than one loop, or of none: a dead loop may be found by others
         self._quick = False
         self._look_for_short_way()
 
@@ -226,7 +227,7 @@ class LLMQueue:
         slot.queue = self
         slot.meta = NO_META if meta is None else meta
         slot.state = _NEW
-        slot.operation = None
+        slot.operation = slot.lease = None
         frame = _getframe(1)
         slot._code = frame.f_code
         slot._instruction = frame.f_lasti
@@ -423,8 +424,8 @@ class LLMQueue:
             waiter = None if job.state is State.RUNNING else self._park(job, make_waiter)
             self._backing_off.discard(operation)
             self._open.add(operation)
-            if operation.loop is not None:
-                self._loops.add(operation.loop)
+            if operation.loop is not None and operation.loop not in self._loops:
+                self._note_loop(operation.loop)
         self._publish("started" if waiter is None else "waiting", job)
         return woken, waiter
 
@@ -442,10 +443,14 @@ class LLMQueue:
         if alarm is None or not alarm.is_in(home):
             self._alarms[id(home)] = new_alarm(self._ring)
             if home is not None and (loop := running_loop()) is home and loop is not None:
-                self._loops.add(weakref.ref(loop))
+                self._note_loop(weakref.ref(loop))
             else:
-                self._strangers = True
+                self._mixed = True
         return waiter
+
+    def _note_loop(self, loop: weakref.ref[AbstractEventLoop]) -> None:
+        self._loops.add(loop)
+        self._mixed = self._mixed or len(self._loops) > 1
 
     def _end(self, operation: Operation, outcome: Outcome, *, closing: bool) -> None:
         """End an operation's attempt, if it is in one, and with `closing` the operation."""
@@ -467,8 +472,8 @@ class LLMQueue:
         if self._watchers and operation.started_at is not None:
             self._publish("ended", job)
 
-    def _give_back(self, operation: Operation, job: Job | None) -> None:
-        """End an operation from a finaliser: never waits for the lock."""
+    def _give_back(self, operation: Operation | None, job: Job | None) -> None:
+        """End an operation, if there is one, from a finaliser: never waits for the lock."""
         self._inbox.append(_Return(operation, job))
         while self._inbox and self._lock.acquire(blocking=False):
             try:
@@ -488,7 +493,7 @@ class LLMQueue:
     def _after(self, woken: Sequence[Job] = ()) -> None:
         """What follows on every change: wake, take back what came meanwhile, and set the timer."""
         self._wake(woken)
-        if self._strangers or len(self._loops) > 1:
+        if self._mixed:
             self._notice_dead_loops()
         while self._inbox:
             with self._lock:
@@ -502,6 +507,17 @@ class LLMQueue:
             self._start(early)
         if not self._quick:
             self._look_for_short_way()
+
+    def _recall(self) -> None:
+        """Give the passes that came back to those who wait for them."""
+        if not self._lock.acquire(blocking=False):  # its holder, whom a finaliser that runs this may have interrupted
+            self._give_back(None, None)  # does it afterwards
+            return
+        try:
+            woken = self._scheduler.recall(waiters.now())
+        finally:
+            self._lock.release()
+        self._after(woken)
 
     def _decide(self, error: BaseException, retry: Retry | None, failed: int) -> tuple[float | None, Verdict]:
         """Seconds until the next attempt, or None, and what the error means. Never raises: a slot depends on it."""
@@ -568,6 +584,8 @@ class LLMQueue:
         now = waiters.now()
         while self._inbox:
             operation, job = self._inbox.popleft()
+            if operation is None:
+                continue
             if job is None:
                 self._backing_off.discard(operation)
             elif job.state is State.WAITING or operation.started_at is None:
@@ -575,6 +593,7 @@ class LLMQueue:
             else:
                 woken += self._scheduler.finish(job, Outcome.IGNORED, now) or ()
             self._open.discard(operation)
+        woken += self._scheduler.recall(now)
         return woken
 
     def _wake(self, woken: Sequence[Job]) -> None:

@@ -1,7 +1,7 @@
 """The pure core: decides what starts when. No clock, no event loop, no I/O; time is an argument."""
 
 from llmq.core.capacity import Cap, Depth
-from llmq.core.jobs import NO_META, Counts, Drop, FrontJob, Job, LLMTaskMeta, Outcome, Priority, State, Statistics
+from llmq.core.jobs import NO_META, Counts, Drop, FrontJob, Job, LLMTaskMeta, Outcome, Pass, Priority, State, Statistics
 from llmq.core.policy import FairShare, Overflow, Policy
 from llmq.core.rates import Rate
 from llmq.core.scheduler import Scheduler
@@ -18,6 +18,7 @@ __all__ = [
     "LLMTaskMeta",
     "Outcome",
     "Overflow",
+    "Pass",
     "Policy",
     "Priority",
     "Rate",

@@ -97,6 +97,7 @@ class Job:
         "claim",
         "drop",
         "meta",
+        "order",
         "sequence",
         "started_at",
         "state",
@@ -108,8 +109,12 @@ class Job:
     front = False
     """Whether it goes before its class: an attempt that follows a failed one. Such a job is never refused."""
 
+    lease: list[Pass] | None = None
+    """Of a job that runs by a pass: the pass, until somebody has taken it out to give it back."""
+
     claim: Claim
     drop: Drop | None
+    order: Order
     sequence: int
     started_at: float | None
     submitted_at: float
@@ -119,6 +124,19 @@ class Job:
     def __init__(self, meta: LLMTaskMeta = NO_META) -> None:
         self.meta = meta
         self.state = State.NEW
+
+
+Order = tuple[bool, int, int]
+"""Within one lane the least goes first: not front, rank, sequence."""
+
+
+class Pass:
+    """A slot that the scheduler has lent to the short way; see `Scheduler.passes`. `uses` counts its successes."""
+
+    __slots__ = ("uses",)
+
+    def __init__(self) -> None:
+        self.uses = 0
 
 
 class FrontJob(Job):

@@ -21,7 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush, heapreplace
 
-from llmq.core.jobs import Job, LLMTaskMeta, Outcome, State
+from llmq.core.jobs import Job, LLMTaskMeta, Order, Outcome, State
 
 EVERY = 4
 """Of so many starts, one goes to an overdue class."""
@@ -33,7 +33,6 @@ _SLACK = 16
 _WAITING = State.WAITING
 
 Entry = tuple[bool, float, int, int, "Lane"]
-JobEntry = tuple[bool, int, int, Job]
 
 
 class Claim:
@@ -128,8 +127,8 @@ class Lane:
         "waiting",
     )
 
-    head: JobEntry
-    """Of the job that goes first; there is one as long as somebody waits."""
+    head: Job
+    """Who goes first; there is one as long as somebody waits."""
 
     def __init__(
         self,
@@ -143,8 +142,8 @@ class Lane:
         self.resources = resources
         self.flow = flow
         self.tag = 0.0
-        self._row: deque[JobEntry] = deque()
-        self._heap: list[JobEntry] = []
+        self._row: deque[Job] = deque()
+        self._heap: list[tuple[Order, Job]] = []
         self.dead = 0
         self.waiting: OrderedDict[int, Job] = OrderedDict()
         self.line: Line | None = None
@@ -154,15 +153,15 @@ class Lane:
 
     def add(self, job: Job) -> bool:
         """Let a job wait. Whether it is the new head."""
-        entry = (not job.front, job.meta.rank, job.sequence, job)
+        job.order = order = (not job.front, job.meta.rank, job.sequence)
         row = self._row
-        if not row or row[-1] < entry:
-            row.append(entry)
+        if not row or row[-1].order < order:
+            row.append(job)
         else:
-            heappush(self._heap, entry)
+            heappush(self._heap, (order, job))
         self.waiting[job.sequence] = job
-        if len(self.waiting) == 1 or entry < self.head:
-            self.head = entry
+        if len(self.waiting) == 1 or order < self.head.order:
+            self.head = job
             return True
         return False
 
@@ -171,21 +170,20 @@ class Lane:
         del self.waiting[job.sequence]
         self.dead += 1
         if self.dead > _SLACK and self.dead > len(self.waiting):
-            self._row = deque(entry for entry in self._row if entry[3].state is State.WAITING)
-            self._heap = [entry for entry in self._heap if entry[3].state is State.WAITING]
+            self._row = deque(each for each in self._row if each.state is _WAITING)
+            self._heap = [entry for entry in self._heap if entry[1].state is _WAITING]
             heapify(self._heap)
             self.dead = 0
-        if self.head[3] is not job:
+        if self.head is not job:
             return False
         self._find_head()
         return True
 
     def pop(self) -> Job:
         """Take the head out."""
-        entry = self.head
-        job = entry[3]
+        job = self.head
         del self.waiting[job.sequence]
-        if self._row and self._row[0] is entry:
+        if self._row and self._row[0] is job:
             self._row.popleft()
         else:
             heappop(self._heap)
@@ -194,9 +192,7 @@ class Lane:
 
     def before(self, job: Job) -> int:
         """How many go before a job that waits here."""
-        entries = [entry for entry in (*self._row, *self._heap) if entry[3].state is State.WAITING]
-        (mine,) = (entry for entry in entries if entry[3] is job)
-        return sum(entry < mine for entry in entries)
+        return sum(other.order < job.order for other in self.waiting.values())
 
     def count(self, outcome: Outcome) -> None:
         """Note how a job ended."""
@@ -209,25 +205,25 @@ class Lane:
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
-        entries = [*self._row, *self._heap]
-        alive = [entry for entry in entries if entry[3].state is State.WAITING]
-        assert len(entries) - len(alive) == self.dead
-        assert {entry[3] for entry in alive} == set(self.waiting.values())
-        assert not alive or self.head == min(alive)
+        jobs = [*self._row, *(job for _, job in self._heap)]
+        alive = [job for job in jobs if job.state is _WAITING]
+        assert len(jobs) - len(alive) == self.dead
+        assert set(alive) == set(self.waiting.values())
+        assert not alive or self.head is min(alive, key=lambda job: job.order)
 
     def _find_head(self) -> None:
         """Drop what no longer waits off both tops, and take the better one."""
         row, heap = self._row, self._heap
-        while row and row[0][3].state is not _WAITING:
+        while row and row[0].state is not _WAITING:
             row.popleft()
             self.dead -= 1
-        while heap and heap[0][3].state is not _WAITING:
+        while heap and heap[0][1].state is not _WAITING:
             heappop(heap)
             self.dead -= 1
-        if row and not (heap and heap[0] < row[0]):
+        if row and not (heap and heap[0][0] < row[0].order):
             self.head = row[0]
         elif heap:
-            self.head = heap[0]
+            self.head = heap[0][1]
 
 
 class _Rank:
@@ -268,7 +264,8 @@ class Line:
 
     def add(self, lane: Lane) -> None:
         """Let a lane stand here, in the order of its head."""
-        not_front, rank_number, sequence, job = lane.head
+        job = lane.head
+        not_front, rank_number, sequence = job.order
         rank = self._ranks.get(lane.priority)
         if rank is None:
             rank = self._ranks[lane.priority] = _Rank()
@@ -292,7 +289,7 @@ class Line:
     def renew(self, lane: Lane) -> None:
         """Let the lane that was `best` stand by its next head."""
         rank = self._ranks[lane.priority]
-        not_front, rank_number, sequence, _ = lane.head
+        not_front, rank_number, sequence = lane.head.order
         lane.entry = entry = (not_front, lane.tag, rank_number, sequence, lane)
         heapreplace(rank.heap, entry)
 
@@ -315,7 +312,7 @@ class Line:
         if best.priority != lane.priority:
             return best.priority < lane.priority or best is not self._first()
         assert best.entry is not None
-        not_front, rank, sequence, _ = lane.head
+        not_front, rank, sequence = lane.head.order
         return best.entry[:4] < (not_front, lane.tag, rank, sequence)
 
     def served(self, priority: int, now: float) -> None:

@@ -18,19 +18,24 @@ line, one at a time, by letting it stand ready again; what can only be given lat
 O(log n) for each resource that it passes, and nobody looks through others' waiters. (Lanes between two resources that
 are exhausted in turn do go to and fro: then a start can cost a step for each lane, never for each job.)
 
-The calls of a queue without limits whose meta tells nothing take the short way through `submit` and `finish`.
+The short way: where nothing but slots is asked for and nobody waits, free slots are lent out as `passes`. Whoever pops
+one may run a call that tells nothing, with no lock held, and appends it again in the end; both are atomic. Then, but
+not before, it must look whether passes are wanted back: somebody is `waiting`, or it is `closed`; if so, `recall` is
+due. The scheduler first counts a waiter and then looks for passes. So one of both sees the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
 
 from llmq.core.capacity import Depth, Gate, Places, Seats
-from llmq.core.jobs import NO_META, Counts, Drop, Job, LLMTaskMeta, Outcome, Priority, State, Statistics
+from llmq.core.jobs import NO_META, Counts, Drop, Job, LLMTaskMeta, Outcome, Pass, Priority, State, Statistics
 from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Flow, Lane, Line, Resource
 from llmq.core.policy import Policy, identity
 from llmq.core.rates import Bucket, Rate
@@ -38,6 +43,7 @@ from llmq.core.rates import Bucket, Rate
 _NOBODY: Sequence[Job] = ()
 _KEPT_IDLE = 1024
 _KEPT_KEYS = 10_000
+_MOST_LENT = 1024
 _RUNNING, _ENDED = State.RUNNING, State.ENDED
 _SUCCEEDED = Outcome.SUCCEEDED
 
@@ -49,9 +55,15 @@ class Scheduler:
         self.paused = False
         self.refusing: Drop | None = None
         self.waiting = 0
-        self._claims: dict[int, Claim] = {}  # of those who run, apart from those on the short way
-        self._free = policy.max_concurrency
-        self._quick_successes = 0
+        self._claims: dict[int, Claim] = {}  # of those who run, apart from those that tell nothing
+        self._free = policy.max_concurrency  # neither taken nor lent
+        self._plain_successes = 0
+        self.passes: deque[Pass] = deque()
+        self.closed = False
+        self.numbers = itertools.count(1)
+        self._lent = 0
+        self._all_passes: list[Pass] = []
+        self._idle_passes: list[Pass] = []
         self._submitted = 0
         self._abandoned = 0
         self._dropped = dict.fromkeys(Drop, 0)
@@ -85,11 +97,12 @@ class Scheduler:
         self._plain.lane = self._lane(NO_META)
         self._open = self._bare
         self._short = self._bare and not self.paused and self.refusing is None
+        self.closed = not self._short or self._free < 0
 
     @property
     def in_flight(self) -> int:
         """How many jobs run."""
-        return self.limit - self._free
+        return self.limit - self._free - len(self.passes)
 
     @property
     def uses_time(self) -> bool:
@@ -105,9 +118,10 @@ class Scheduler:
 
     def submit(self, job: Job, now: float) -> Sequence[Job]:
         """Take in a new job. Afterwards it runs, waits, or has a `drop`."""
-        self._submitted = job.sequence = self._submitted + 1
+        job.sequence = next(self.numbers)
+        self._submitted += 1
         job.submitted_at = now
-        if self._free > 0 and self._short and job.meta is NO_META:
+        if self._short and job.meta is NO_META and (self._free > 0 or self._take_back(1)):
             job.state = _RUNNING
             job.started_at = now
             job.claim = self._plain
@@ -117,12 +131,12 @@ class Scheduler:
 
     def finish(self, job: Job, outcome: Outcome, now: float) -> Sequence[Job] | None:
         """End a running job, giving on what it took. None: it does not run, and is left alone."""
-        if job.state is not _RUNNING:
+        if job.state is not _RUNNING or (job.lease is not None and not self._turn_in(job)):
             return None
         job.state = _ENDED
         self._free += 1
         if outcome is _SUCCEEDED and job.claim is self._plain and self._bare:
-            self._quick_successes += 1
+            self._plain_successes += 1
         else:
             self._end(job, outcome, now)
         return self._settle(now) if self.waiting else _NOBODY
@@ -132,7 +146,7 @@ class Scheduler:
         if job.state is State.WAITING:
             self._take_out(job, now)
             self._abandoned += 1
-        elif job.state is _RUNNING:
+        elif job.state is _RUNNING and (job.lease is None or self._turn_in(job)):
             job.state = _ENDED
             self._free += 1
             self._give_back(job, now, used=None, refund=True)
@@ -143,6 +157,20 @@ class Scheduler:
         """Turn jobs away that wait; their callers must be told."""
         dropped = [job for job in jobs if self._drop(job, why, now)]
         return [*dropped, *self._settle(now)]
+
+    def lend(self) -> None:
+        """Lend what is free to the short way, if it is open."""
+        while not self.closed and not self.waiting and self._free > 0 and self._lent < _MOST_LENT:
+            if not self._idle_passes:
+                self._idle_passes.append(Pass())
+                self._all_passes.append(self._idle_passes[-1])
+            self._free -= 1
+            self._lent += 1
+            self.passes.append(self._idle_passes.pop())
+
+    def recall(self, now: float) -> Sequence[Job]:
+        """Take back the passes that were appended, where they are wanted."""
+        return self._settle(now)
 
     def tick(self, now: float) -> Sequence[Job]:
         """Start what `deadline` was waited for."""
@@ -175,8 +203,10 @@ class Scheduler:
     def resize(self, max_concurrency: int, now: float) -> Sequence[Job]:
         """Change the number of slots. Running jobs keep theirs, so a lower one is reached as they end."""
         self.policy = replace(self.policy, max_concurrency=max_concurrency)
+        self._take_back()
         self._free += max_concurrency - self.limit
         self.limit = max_concurrency
+        self._look_for_short_way(now)
         return self._settle(now)
 
     def reconfigure(self, policy: Policy, now: float) -> Sequence[Job]:
@@ -188,7 +218,8 @@ class Scheduler:
             self._remember(lane)
         for bucket in buckets.values():
             bucket.advance(now)
-        on_short_way = self.in_flight - len(self._claims)
+        self._take_back()
+        plain = self.in_flight - len(self._claims)
         self._free += policy.max_concurrency - self.limit
         old_gates, self._gates = self._gates, {}
         self._adopt(policy, buckets)
@@ -201,7 +232,7 @@ class Scheduler:
             for resource in claim.lane.resources:
                 resource.count_running(1)
         for resource in self._plain.lane.resources:
-            resource.count_running(on_short_way)
+            resource.count_running(plain)
         self.waiting = 0
         for job in waiting:
             job.claim = self._claim_again(job.claim)
@@ -264,19 +295,21 @@ class Scheduler:
                 for name, key in zip(self.policy.keys, lane.values, strict=True):
                     _add(by_key[name].setdefault(key, Counts()), counts)
         waits = [c.oldest_wait_seconds for c in by_class.values() if c.oldest_wait_seconds is not None]
-        quick = Counts(in_flight=self.in_flight - len(self._claims))
-        quick.ended[_SUCCEEDED] = self._quick_successes
-        if quick.in_flight or self._quick_successes:
-            _add(by_class[Priority.NORMAL], quick)
+        in_flight = self.in_flight
+        by_pass = self._lent - len(self.passes), sum(each.uses for each in self._all_passes)
+        plain = Counts(in_flight=in_flight - len(self._claims))
+        plain.ended[_SUCCEEDED] = self._plain_successes + by_pass[1]
+        if plain.in_flight or plain.ended[_SUCCEEDED]:
+            _add(by_class[Priority.NORMAL], plain)
             for name in self._keys:
-                _add(by_key[name].setdefault(None, Counts()), quick)
+                _add(by_key[name].setdefault(None, Counts()), plain)
         return Statistics(
             limit=self.limit,
             paused=self.paused,
-            in_flight=self.in_flight,
+            in_flight=in_flight,
             waiting=self.waiting - len(self._at_door),
             at_door=len(self._at_door),
-            submitted=self._submitted,
+            submitted=self._submitted + sum(by_pass),
             abandoned=self._abandoned,
             dropped=dict(self._dropped),
             ended={outcome: sum(counts.ended[outcome] for counts in by_class.values()) for outcome in Outcome},
@@ -291,10 +324,14 @@ class Scheduler:
         lanes = list(self._lanes.values())
         ended = sum(lane.succeeded + lane.ignored + lane.rejected for lane in lanes)
         ended += sum(sum(past.ended.values()) for (name, _), past in self._past.items() if name == "class")
-        gone = self._abandoned + sum(self._dropped.values()) + ended + self._quick_successes
-        assert self._submitted == self.waiting + self.in_flight + gone, "a job was lost or doubled"
-        on_short_way = self.in_flight - len(self._claims)
-        assert on_short_way >= 0
+        gone = self._abandoned + sum(self._dropped.values()) + ended + self._plain_successes
+        by_pass = self._lent - len(self.passes)
+        assert self._submitted == self.waiting + self.in_flight - by_pass + gone, "a job was lost or doubled"
+        assert len(self._all_passes) == self._lent + len(self._idle_passes)
+        assert self.closed == (not self._short or self._free < 0)
+        assert not self.passes or not (self.waiting or self.closed), "passes are wanted back, and nobody recalls them"
+        plain = self.in_flight - len(self._claims)
+        assert plain >= by_pass >= 0
         assert self.waiting == sum(len(lane.waiting) for lane in lanes)
         in_flight: dict[Lane, int] = {}
         for claim in self._claims.values():
@@ -304,7 +341,7 @@ class Scheduler:
         for resource in self._every_resource():
             if isinstance(resource, Seats):
                 sitting = sum(n for lane, n in in_flight.items() if resource in lane.resources)
-                sitting += on_short_way * (resource in self._plain.lane.resources)
+                sitting += plain * (resource in self._plain.lane.resources)
                 assert resource.taken == sitting, "a seat was lost or doubled"
             resource.line.check()
         self._ready.check()
@@ -326,7 +363,7 @@ class Scheduler:
             return
         assert lane.line is not None, "a lane waits for nothing"
         assert lane.entry is not None
-        assert lane.entry[3] == lane.head[2], "a lane stands by an old head"
+        assert lane.entry[3] == lane.head.sequence, "a lane stands by an old head"
         assert lane.line is self._ready or lane.line in [resource.line for resource in lane.resources]
 
     def _check_resource(self, resource: Resource) -> None:
@@ -358,7 +395,7 @@ class Scheduler:
             self._turned_away(job, why)
             return _NOBODY
         self._wait(job)
-        if self._open and self._free <= 0:
+        if self._open and self._free <= 0 and not self.passes:
             return _NOBODY
         woken = [other for other in self._settle(now) if other is not job]
         if self._depths and not job.front and job.sequence in job.claim.lane.waiting:
@@ -440,6 +477,9 @@ class Scheduler:
 
     def _settle(self, now: float) -> list[Job]:
         """Start what can start. The one place where waiting jobs become running ones."""
+        if self.passes and (self.waiting or self.closed):
+            self._take_back()
+        self.closed = not self._short or self._free < 0
         if self._open:
             return self._start_freely(now)
         now = self._ring(now)
@@ -573,6 +613,35 @@ class Scheduler:
             used = 0.0  # a refused call has used none
         self._give_back(job, now, used=used, refund=False)
 
+    def _take_back(self, most: int | None = None) -> int:
+        """Take passes back that are not in use. Returns how many."""
+        taken = 0
+        while taken != most:
+            try:
+                self._idle_passes.append(self.passes.pop())
+            except IndexError:  # another thread has taken it
+                break
+            taken += 1
+            self._lent -= 1
+            self._free += 1
+            if not self._bare:  # it was lent under another policy, and has been counted under this one
+                for resource in self._plain.lane.resources:
+                    resource.give_back(self._plain, self._now, used=None, refund=False)
+                    self._offer(resource, self._now)
+        return taken
+
+    def _turn_in(self, job: Job) -> bool:
+        """Make a job that runs by a pass one of the scheduler's. False: it was ended by somebody else."""
+        assert job.lease is not None
+        try:
+            self._idle_passes.append(job.lease.pop())
+        except IndexError:
+            return False
+        self._lent -= 1
+        self._submitted += 1
+        job.claim = self._plain
+        return True
+
     def _give_back(self, job: Job, now: float, *, used: float | None, refund: bool) -> None:
         claim = self._claims.pop(job.sequence, self._plain)
         lane = claim.lane
@@ -589,7 +658,7 @@ class Scheduler:
         """What a lane's head will use: its estimate, or else what such calls have used of late."""
         if not self.counts_tokens:
             return 0.0
-        tokens = lane.head[3].claim.tokens
+        tokens = lane.head.claim.tokens
         if tokens is not None:
             return tokens
         return max((found.typical for found in lane.resources if isinstance(found, Bucket)), default=0.0)
@@ -672,6 +741,9 @@ class Scheduler:
         """Whether nothing but slots is asked for, and whether calls that tell nothing need not be looked at."""
         self._open = self._bare and all(gate.is_through(now) for gate in self._gates.values())
         self._short = self._open and not self.paused and self.refusing is None
+        self.closed = not self._short or self._free < 0
+        if self.closed:
+            self._take_back()
 
     def _forget_idle(self) -> None:
         """Forget lanes, and what only they needed, of which nothing is waiting or running. Amortised O(1)."""
