@@ -10,7 +10,7 @@ EXTRAS := all,test,bench
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
 DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
-.PHONY: tune test bench notebooks lint clean
+.PHONY: tune test bench bench-readme soak pace notebooks lint clean
 .DEFAULT_GOAL := tune
 
 tune: $(READY)
@@ -24,7 +24,17 @@ test: $(READY)
 	@$(BIN)/coverage report
 
 bench: $(READY)
+	$(BIN)/python benchmarks/table.py
 	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,mean,rounds
+
+bench-readme: $(READY)
+	$(BIN)/python benchmarks/table.py --write
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py
+
+pace: $(READY)
+	$(BIN)/python benchmarks/pace.py
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py

@@ -10,16 +10,26 @@ import contextlib
 import functools
 import sys
 import time
+from dataclasses import dataclass
 
 from llmq import LLMQueue, Rate
 from llmq.providers.chat import ChatRequest
 from llmq.providers.openai_client import OpenAICompatibleClient
 from llmq.testing import serve_provider
 
-REQUESTS_PER_MINUTE = 500
+
+@dataclass
+class Found:
+    """What the server saw."""
+
+    requests: int
+    refused: int
+    seconds: float
+    per_minute: float
+    share_of_the_limit: float
 
 
-async def pace(url: str, seconds: float, requests_per_minute: int) -> None:
+async def send(url: str, seconds: float, requests_per_minute: int) -> None:
     """Send calls through a queue with that rate, as many as fit."""
     queue = LLMQueue(64, limits=[Rate(requests_per_minute)], telemetry=None)
     client = OpenAICompatibleClient(url)
@@ -39,17 +49,26 @@ async def pace(url: str, seconds: float, requests_per_minute: int) -> None:
     await client.aclose()
 
 
-def main(minutes: float = 5.0) -> None:
-    """Run it and say what the server saw."""
-    limit = REQUESTS_PER_MINUTE
-    with serve_provider(requests_per_minute=limit, bucket_seconds=1.0, latency_seconds=1.0) as provider:
-        asyncio.run(pace(provider.url, minutes * 60, limit))
+def paced(seconds: float, requests_per_minute: int = 500, latency_seconds: float = 1.0) -> Found:
+    """Send for so long at the rate that the server lets in, with a bucket one second deep."""
+    with serve_provider(
+        requests_per_minute=requests_per_minute, bucket_seconds=1.0, latency_seconds=latency_seconds
+    ) as provider:
+        asyncio.run(send(provider.url, seconds, requests_per_minute))
         stats = provider.stats(calls=True)
     times = [call["started_at"] for call in stats["calls"] if call["status"] == 200]
-    per_minute = (len(times) - 1) / (max(times) - min(times)) * 60
+    length = max(times) - min(times)
+    per_minute = (len(times) - 1) / length * 60
+    return Found(stats["requests"], stats["refused"], length, per_minute, per_minute / requests_per_minute)
+
+
+def main(minutes: float = 5.0) -> None:
+    """Run it and say what the server saw."""
+    found = paced(minutes * 60)
     print(
-        f"{stats['requests']} requests in {max(times) - min(times):.1f} s, {stats['refused']} refused: "
-        f"{stats['refused'] / stats['requests']:.2%}; {per_minute:.1f} a minute: {per_minute / limit:.1%} of the limit"
+        f"{found.requests} requests in {found.seconds:.1f} s, {found.refused} refused: "
+        f"{found.refused / found.requests:.2%}; {found.per_minute:.1f} a minute: {found.share_of_the_limit:.1%} of the "
+        "limit"
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq import RuntimeEnv, Settings
+from llmq import Outcome, RuntimeEnv, Settings
 from llmq.errors import AnswerError, ConfigError, InputError
 from llmq.generators.conversation import AnswerCache, ConversationSession, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, read_models
@@ -389,3 +389,36 @@ def test_a_cache_is_a_folder_of_digests(tmp_path):
     assert path.stem == request.digest()
     assert "secret prompt" not in path.read_text()
     assert cache.get(request) == "answer"
+
+
+def most_at_once(exchanges):
+    """The peak of overlapping (started, ended) times."""
+    moments = sorted([(c["ended_at"], -1) for c in exchanges] + [(c["started_at"], 1) for c in exchanges])
+    return max(itertools.accumulate(step for _, step in moments))
+
+
+async def test_caps_and_rates_by_model_and_a_guardrail_by_service():
+    limits = [
+        {"cap": 6, "by": "model_name", "overrides": {"large": 2}},
+        {"cap": 3, "by": "service_id"},
+        {"rate": 6000, "by": "model_name", "overrides": {"large": 600}},
+        {"rate": 1e6, "of": "tokens", "by": "model_name"},
+    ]
+    models = {"features": "large"}
+    spec = {"latency_seconds": 0.3, "sigma": 0}
+    off, _ = await generate("off.jsonl", spec=spec, models=models)
+    on, provider = await generate("on.jsonl", enabled=True, limit=32, spec=spec, models=models, llm_queue_limits=limits)
+    assert on.finished == off.finished == 10
+    assert sorted(map(str, records("on.jsonl"))) == sorted(map(str, records("off.jsonl")))
+    found = provider.stats(calls=True)["calls"]
+    assert len(found) == 210
+    large = [c for c in found if c["stage"].startswith("features")]
+    assert len(large) == 50
+    assert most_at_once(large) == 2
+    assert most_at_once([c for c in found if c not in large]) == 6
+    services = {c["service_id"] for c in found}
+    assert {most_at_once([c for c in found if c["service_id"] == s]) for s in services} <= {1, 2, 3}
+    queue = RuntimeEnv.instance().llm_queue
+    assert queue.statistics().by_key["model_name"]["large"].ended[Outcome.SUCCEEDED] == 50
+    (tokens,) = [r for key, r in queue._scheduler._resources.items() if r.key == "large" and key[0][1] == "tokens"]
+    assert tokens.typical > 0, "the usage that was reported settles what was reserved"

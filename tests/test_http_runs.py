@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -175,3 +176,11 @@ def test_interrupted_by_ctrl_c_it_says_how_to_go_on_and_leaves_valid_files():
         assert lines("out.jsonl")
         run("--services", services, "--out", "out.jsonl", "--base-url", found.url, "--resume")
     assert len(by_id("out.jsonl")) == 50
+
+
+def test_paced_at_the_servers_own_rate_hardly_anything_is_refused():
+    pace = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "pace.py"))["paced"]
+    found = pace(seconds=8, requests_per_minute=1200, latency_seconds=0.3)
+    assert found.requests > 120
+    assert found.refused / found.requests < 0.02
+    assert 0.9 < found.share_of_the_limit < 1.05

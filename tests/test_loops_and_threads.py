@@ -3,14 +3,17 @@
 import asyncio
 import functools
 import gc
+import runpy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import anyio
 import pytest
 import trio
 
-from llmq import LLMQueue, Retry
+from llmq import LLMQueue, Rate, Retry
 from llmq.errors import ProviderError, QueueTimeout
 
 PATIENCE = 30
@@ -337,3 +340,75 @@ def test_a_thread_is_woken_by_a_collection():
     assert queue.submit_sync(str.upper, "ran") == "RAN"
     timer.join()
     assert_idle(queue)
+
+
+def test_a_rate_is_kept_over_loops_trio_and_threads_at_once():
+    queue, lock, times = LLMQueue(50, limits=[Rate(1800)], telemetry=None), threading.Lock(), []
+
+    def note():
+        with lock:
+            times.append(time.monotonic())
+
+    async def call():
+        note()
+
+    async def eight():
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(queue.submit, call)
+
+    with ThreadPoolExecutor(12) as pool:
+        futures = [pool.submit(asyncio.run, eight()) for _ in range(2)] + [pool.submit(trio.run, eight)]
+        futures += [pool.submit(queue.submit_sync, note) for _ in range(8)]
+        for future in futures:
+            future.result(PATIENCE)
+    assert len(times) == 32
+    assert max(times) - min(times) >= 31 / 30 - 0.05
+    assert_idle(queue)
+
+
+@pytest.mark.parametrize("ends", ["returns", "dies"])
+def test_time_goes_on_for_others_when_the_loop_that_waited_first_ends(ends):
+    queue = LLMQueue(50, limits=[Rate(120)], telemetry=None)
+    asyncio.run(queue.submit(functools.partial(asyncio.sleep, 0)))
+    loop = asyncio.new_event_loop()
+    first = loop.create_task(queue.submit(functools.partial(asyncio.sleep, 0)))
+    loop.run_until_complete(asyncio.sleep(0))
+    assert queue.statistics().waiting == 1
+
+    async def wait_too():
+        async with asyncio.timeout(PATIENCE):
+            await queue.submit(functools.partial(asyncio.sleep, 0))
+
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(asyncio.run, wait_too())
+        while queue.statistics().waiting < 2:
+            time.sleep(0.001)
+        if ends == "returns":
+            first.cancel()
+            loop.run_until_complete(asyncio.wait([first]))
+        loop.close()
+        second.result(PATIENCE)
+    if ends == "dies":
+        ends_late(first)
+    assert_idle(queue)
+
+
+def test_a_collected_slot_is_reported_with_the_place_where_it_was_taken(caplog):
+    queue = LLMQueue(2, telemetry=None)
+
+    async def leak():
+        await queue.slot().__aenter__()
+
+    line = leak.__code__.co_firstlineno + 1
+    asyncio.run(leak())
+    gc.collect()
+    assert queue.statistics().in_flight == 0
+    assert f"the slot taken at {__file__}:{line}, in " in caplog.text
+    assert "was never given back" in caplog.text
+    assert_idle(queue)
+
+
+def test_20000_calls_with_random_cancellation_add_up(capsys):
+    soak = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "soak.py"))
+    assert soak["main"](20_000) == 0, capsys.readouterr().out
