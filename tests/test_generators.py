@@ -420,5 +420,7 @@ async def test_caps_and_rates_by_model_and_a_guardrail_by_service():
     assert {most_at_once([c for c in found if c["service_id"] == s]) for s in services} <= {1, 2, 3}
     queue = RuntimeEnv.instance().llm_queue
     assert queue.statistics().by_key["model_name"]["large"].ended[Outcome.SUCCEEDED] == 50
-    (tokens,) = [r for key, r in queue._scheduler._resources.items() if r.key == "large" and key[0][1] == "tokens"]
+    (tokens,) = [
+        r for key, r in queue._scheduler._registry.resources.items() if r.key == "large" and key[0][1] == "tokens"
+    ]
     assert tokens.typical > 0, "the usage that was reported settles what was reserved"

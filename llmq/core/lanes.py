@@ -92,10 +92,9 @@ class Resource:
 class Flow:
     """The share of one key in one class. `finish` is the virtual time up to which it has had its part."""
 
-    __slots__ = ("finish", "key", "weight")
+    __slots__ = ("finish", "weight")
 
-    def __init__(self, key: tuple[int, str | None], weight: float) -> None:
-        self.key = key
+    def __init__(self, weight: float) -> None:
         self.weight = weight
         self.finish = 0.0
 
@@ -116,6 +115,7 @@ class Lane:
         "head",
         "ignored",
         "in_flight",
+        "is_plain",
         "line",
         "offered_by",
         "priority",
@@ -149,6 +149,7 @@ class Lane:
         self.line: Line | None = None
         self.entry: Entry | None = None
         self.offered_by: Resource | None = None
+        self.is_plain = False  # the lane of calls that tell nothing: those on the short way are not counted in it
         self.in_flight = self.succeeded = self.ignored = self.rejected = 0
 
     def add(self, job: Job) -> bool:

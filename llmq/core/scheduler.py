@@ -32,17 +32,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
-from typing import Any
 
-from llmq.core.capacity import Depth, Gate, Places, Seats
-from llmq.core.jobs import NO_META, Counts, Drop, Job, LLMTaskMeta, Outcome, Pass, Priority, State, Statistics
-from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Flow, Lane, Line, Resource
-from llmq.core.policy import Policy, identity
+from llmq.core.capacity import Places, Seats
+from llmq.core.census import Census
+from llmq.core.jobs import NO_META, Counts, Drop, Job, Outcome, Pass, State, Statistics
+from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Lane, Resource
+from llmq.core.policy import Policy
 from llmq.core.rates import Bucket, Rate
+from llmq.core.registry import Buckets, Registry
 
 _NOBODY: Sequence[Job] = ()
-_KEPT_IDLE = 1024
-_KEPT_KEYS = 10_000
 _MOST_LENT = 1024
 _RUNNING, _ENDED = State.RUNNING, State.ENDED
 _SUCCEEDED = Outcome.SUCCEEDED
@@ -67,34 +66,28 @@ class Scheduler:
         self._submitted = 0
         self._abandoned = 0
         self._dropped = dict.fromkeys(Drop, 0)
-        self._past: dict[tuple[str, Any], Counts] = {}
-        self._gates: dict[str | None, Gate] = {}
+        self._census = Census()
         self._now = -math.inf
         self._plain = Claim(None, NO_META)  # type: ignore[arg-type]  # shared by all on the short way
         self._adopt(policy, {})
 
-    def _adopt(self, policy: Policy, carried_over: dict[tuple[object, str | None], Bucket]) -> None:
+    def _adopt(self, policy: Policy, carried_over: Buckets) -> None:
         self.policy = policy
         self.limit = policy.max_concurrency
-        self._keys = policy.keys
+        self._registry = Registry(policy, self._census, carried_over)
         self._has_rates = any(isinstance(limit, Rate) for limit in policy.limits)
+        self._has_depths = bool(policy.depths)
         self._bare = not policy.limits and policy.fair_share is None
-        self._depths = policy.depths
         self.counts_tokens = any(isinstance(limit, Rate) and limit.of == "tokens" for limit in policy.limits) or (
             policy.fair_share is not None and policy.fair_share.of == "tokens"
         )
-        self._ready = self._line()
-        self._lanes: dict[tuple[object, ...], Lane] = {}
-        self._resources: dict[tuple[object, str | None], Resource] = {}
-        self._carried_over = carried_over
-        self._places: dict[tuple[int, str | None], Places] = {}
+        self._ready = self._registry.line()
         self._at_door: dict[int, Places] = {}
-        self._flows: dict[tuple[int, str | None], Flow] = {}
         self._virtual_times: dict[int, float] = {}
         self.alarms: list[tuple[float, int, Resource]] = []
         self._alarm_number = 0
-        self._keep_lanes = _KEPT_IDLE
-        self._plain.lane = self._lane(NO_META)
+        self._plain.lane = self._registry.lane(NO_META, self._now)
+        self._plain.lane.is_plain = True
         self._open = self._bare
         self._short = self._bare and not self.paused and self.refusing is None
         self.closed = not self._short or self._free < 0
@@ -107,7 +100,7 @@ class Scheduler:
     @property
     def uses_time(self) -> bool:
         """Whether there may be a deadline: rates, or a gate that has kept somebody back."""
-        return self._has_rates or not all(gate.is_through(self._now) for gate in self._gates.values())
+        return self._has_rates or not all(gate.is_through(self._now) for gate in self._registry.gates.values())
 
     @property
     def deadline(self) -> float | None:
@@ -179,7 +172,7 @@ class Scheduler:
     def hold(self, model_name: str | None, until: float, now: float) -> Sequence[Job]:
         """Keep the waiting jobs of a model from starting until a time."""
         self._now = max(now, self._now)
-        self._gate(model_name).hold(until, now)
+        self._registry.gate(model_name).hold(until, now)
         self._look_for_short_way(now)
         return self._settle(now)
 
@@ -212,22 +205,21 @@ class Scheduler:
     def reconfigure(self, policy: Policy, now: float) -> Sequence[Job]:
         """Go on under another policy: who waits keeps its place in the order, who runs counts under the new limits,
         and what a rate has given out stays given out. Nobody who waits is turned away. Costs O(waiting)."""
-        buckets = {key: found for key, found in self._resources.items() if isinstance(found, Bucket)}
+        old_registry, buckets = self._registry, self._registry.buckets()
         waiting = sorted(self.jobs(), key=lambda job: job.sequence)
-        for lane in self._lanes.values():
-            self._remember(lane)
+        for lane in old_registry.lanes.values():
+            self._census.remember(lane, old_registry.keys)
         for bucket in buckets.values():
             bucket.advance(now)
         self._take_back()
         plain = self.in_flight - len(self._claims)
         self._free += policy.max_concurrency - self.limit
-        old_gates, self._gates = self._gates, {}
         self._adopt(policy, buckets)
-        for model_name, gate in old_gates.items():
+        for model_name, gate in old_registry.gates.items():
             if not gate.idle(now):
-                self._gate(model_name).hold(gate.open_at, gate.held_at)
+                self._registry.gate(model_name).hold(gate.open_at, gate.held_at)
         for sequence, old in self._claims.items():
-            self._claims[sequence] = claim = self._claim_again(old)
+            self._claims[sequence] = claim = self._claim_again(old, now)
             claim.lane.in_flight += 1
             for resource in claim.lane.resources:
                 resource.count_running(1)
@@ -235,7 +227,7 @@ class Scheduler:
             resource.count_running(plain)
         self.waiting = 0
         for job in waiting:
-            job.claim = self._claim_again(job.claim)
+            job.claim = self._claim_again(job.claim, now)
             self._wait(job)
             self._find_place(job)
         self._look_for_short_way(now)
@@ -247,7 +239,7 @@ class Scheduler:
 
     def jobs(self) -> Iterator[Job]:
         """All that wait."""
-        for lane in self._lanes.values():
+        for lane in self._registry.lanes.values():
             yield from lane.waiting.values()
 
     def explain(self, job: Job, now: float) -> str:
@@ -277,32 +269,16 @@ class Scheduler:
 
     def describe_depth(self, job: Job) -> str:
         """The bounds on waiting that are reached for a job's like, in words."""
-        return ", ".join(places.describe() for places in self._places_of(job) if places.full)
+        return ", ".join(places.describe() for places in self._registry.places_of(job) if places.full)
 
     def statistics(self, now: float) -> Statistics:
         """What is counted, in O(keys). Changes nothing."""
-        by_class = {priority: Counts() for priority in Priority}
-        by_key: dict[str, dict[str | None, Counts]] = {name: {} for name in self.policy.keys}
-        for (name, key), past in self._past.items():
-            if name == "class":
-                _add(by_class[Priority(key)], past)
-            elif name in by_key:
-                _add(by_key[name].setdefault(key, Counts()), past)
-        for lane in self._lanes.values():
-            counts = _counts(lane, now)
-            _add(by_class[Priority(lane.priority)], counts)
-            if counts.waiting or counts.in_flight or any(counts.ended.values()):
-                for name, key in zip(self.policy.keys, lane.values, strict=True):
-                    _add(by_key[name].setdefault(key, Counts()), counts)
-        waits = [c.oldest_wait_seconds for c in by_class.values() if c.oldest_wait_seconds is not None]
         in_flight = self.in_flight
         by_pass = self._lent - len(self.passes), sum(each.uses for each in self._all_passes)
         plain = Counts(in_flight=in_flight - len(self._claims))
         plain.ended[_SUCCEEDED] = self._plain_successes + by_pass[1]
-        if plain.in_flight or plain.ended[_SUCCEEDED]:
-            _add(by_class[Priority.NORMAL], plain)
-            for name in self._keys:
-                _add(by_key[name].setdefault(None, Counts()), plain)
+        by_class, by_key = self._census.tell(self._registry.lanes.values(), plain, self._registry.keys, now)
+        waits = [c.oldest_wait_seconds for c in by_class.values() if c.oldest_wait_seconds is not None]
         return Statistics(
             limit=self.limit,
             paused=self.paused,
@@ -314,17 +290,15 @@ class Scheduler:
             dropped=dict(self._dropped),
             ended={outcome: sum(counts.ended[outcome] for counts in by_class.values()) for outcome in Outcome},
             oldest_wait_seconds=max(waits, default=None),
-            held_keys=tuple(key for key, gate in self._gates.items() if not gate.idle(now)),
+            held_keys=tuple(key for key, gate in self._registry.gates.items() if not gate.idle(now)),
             by_class=by_class,
             by_key=by_key,
         )
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold. For tests, after every step."""
-        lanes = list(self._lanes.values())
-        ended = sum(lane.succeeded + lane.ignored + lane.rejected for lane in lanes)
-        ended += sum(sum(past.ended.values()) for (name, _), past in self._past.items() if name == "class")
-        gone = self._abandoned + sum(self._dropped.values()) + ended + self._plain_successes
+        lanes = list(self._registry.lanes.values())
+        gone = self._abandoned + sum(self._dropped.values()) + self._census.ended(lanes) + self._plain_successes
         by_pass = self._lent - len(self.passes)
         assert self._submitted == self.waiting + self.in_flight - by_pass + gone, "a job was lost or doubled"
         assert len(self._all_passes) == self._lent + len(self._idle_passes)
@@ -338,21 +312,21 @@ class Scheduler:
             in_flight[claim.lane] = in_flight.get(claim.lane, 0) + 1
         for lane in lanes:
             self._check_lane(lane, in_flight.get(lane, 0))
-        for resource in self._every_resource():
+        for resource in self._registry.every_resource():
             if isinstance(resource, Seats):
                 sitting = sum(n for lane, n in in_flight.items() if resource in lane.resources)
                 sitting += plain * (resource in self._plain.lane.resources)
                 assert resource.taken == sitting, "a seat was lost or doubled"
             resource.line.check()
         self._ready.check()
-        for places in self._places.values():
+        for places in self._registry.places.values():
             inside = [job for jobs in places.inside.values() for job in jobs.values()]
             assert places.taken == len(inside)
             assert all(job.state is State.WAITING and job.sequence not in self._at_door for job in inside)
         assert all(place.full for place in self._at_door.values()), "somebody stands at an open door"
         if not self.paused and self._free > 0:
             assert not self._ready, "a slot is free, and a lane stands ready"
-        for resource in self._every_resource():
+        for resource in self._registry.every_resource():
             self._check_resource(resource)
 
     def _check_lane(self, lane: Lane, in_flight: int) -> None:
@@ -386,7 +360,7 @@ class Scheduler:
             job.claim = self._plain
         else:
             try:
-                job.claim = self._claim(job.meta)
+                job.claim = self._registry.claim(job.meta, now)
             except BaseException:
                 self._submitted -= 1
                 raise
@@ -398,7 +372,7 @@ class Scheduler:
         if self._open and self._free <= 0 and not self.passes:
             return _NOBODY
         woken = [other for other in self._settle(now) if other is not job]
-        if self._depths and not job.front and job.sequence in job.claim.lane.waiting:
+        if self._has_depths and not job.front and job.sequence in job.claim.lane.waiting:
             woken += self._make_room(job, now)
             self._find_place(job)
         return woken
@@ -411,7 +385,7 @@ class Scheduler:
 
     def _make_room(self, job: Job, now: float) -> Sequence[Job]:
         """Where the queue is full: turn the newcomer away, or others for it, or nobody. Returns whom else to wake."""
-        full = [places for places in self._places_of(job) if places.full]
+        full = [places for places in self._registry.places_of(job) if places.full]
         if not full or self.policy.overflow == "wait":
             return _NOBODY
         victims = [places.oldest_of_lowest_class() for places in full]
@@ -424,9 +398,9 @@ class Scheduler:
 
     def _find_place(self, job: Job) -> None:
         """Let a waiting job in, or let it stand at the first door that is closed to it."""
-        if job.state is not State.WAITING or not self._depths or job.front:
+        if job.state is not State.WAITING or not self._has_depths or job.front:
             return
-        places = self._places_of(job)
+        places = self._registry.places_of(job)
         closed = next((place for place in places if place.full), None)
         if closed is None:
             for place in places:
@@ -437,9 +411,9 @@ class Scheduler:
 
     def _leave_place(self, job: Job) -> None:
         """Give a job's place up, and let in who stands at the door for it."""
-        if not self._depths or self._at_door.pop(job.sequence, None) is not None:
+        if not self._has_depths or self._at_door.pop(job.sequence, None) is not None:
             return
-        for place in self._places_of(job):
+        for place in self._registry.places_of(job):
             place.leave(job)
             while place.door and not place.full:
                 sequence, other = heappop(place.door)
@@ -517,7 +491,7 @@ class Scheduler:
     def _ring(self, now: float) -> float:
         """Let the resources whose alarm is due offer what they have. Returns the time to go by."""
         if now < self._now - CLOCK_JUMP_SECONDS:
-            for resource in self._every_resource():
+            for resource in self._registry.every_resource():
                 resource.clock_went_back(now)
                 self._offer(resource, now)
         elif now < self._now:
@@ -663,116 +637,19 @@ class Scheduler:
             return tokens
         return max((found.typical for found in lane.resources if isinstance(found, Bucket)), default=0.0)
 
-    def _claim(self, meta: LLMTaskMeta) -> Claim:
-        if not isinstance(meta.rank, int) or not isinstance(meta.priority, int):
-            raise TypeError(f"priority and rank are whole numbers, got {meta.priority!r} and {meta.rank!r}")
-        if not Priority.URGENT <= meta.priority <= Priority.LOW:
-            raise ValueError(f"priority is one of {', '.join(Priority.__members__)}; got {meta.priority!r}")
-        if meta.tokens is not None and not (isinstance(meta.tokens, (int, float)) and 0 <= meta.tokens < math.inf):
-            raise ValueError(f"tokens is an estimate, a number of at least 0, or None; got {meta.tokens!r}")
-        return Claim(self._lane(meta), meta)
-
-    def _claim_again(self, old: Claim) -> Claim:
+    def _claim_again(self, old: Claim, now: float) -> Claim:
         """A claim under the present policy, with the estimate that it came with."""
-        claim = self._claim(old.meta)
+        claim = self._registry.claim(old.meta, now)
         claim.tokens, claim.reserved = old.tokens, old.reserved
         return claim
 
-    def _lane(self, meta: LLMTaskMeta) -> Lane:
-        values = tuple(meta.value_of(name) for name in self._keys)
-        key = (int(meta.priority), values)
-        lane = self._lanes.get(key)
-        if lane is None:
-            if len(self._lanes) >= self._keep_lanes:
-                self._forget_idle()
-            by_name = dict(zip(self._keys, values, strict=True))
-            lane = self._lanes[key] = Lane(
-                key[0], values, tuple(self._resources_of(by_name)), self._flow(key[0], by_name)
-            )
-        return lane
-
-    def _resources_of(self, by_name: dict[str, str | None]) -> Iterator[Resource]:
-        yield self._gate(by_name["model_name"])
-        for limit in self.policy.limits:
-            if not isinstance(limit, Depth):
-                key = None if limit.by is None else by_name[limit.by]
-                found = self._resources.get((identity(limit), key))
-                if found is None:
-                    found = self._resources[identity(limit), key] = limit.resource(key, self._line())
-                    old = self._carried_over.pop((identity(limit), key), None)
-                    if old is not None and isinstance(found, Bucket):
-                        found.carry_over(old)
-                yield found
-
-    def _gate(self, model_name: str | None) -> Gate:
-        gate = self._gates.get(model_name)
-        if gate is None:
-            gate = self._gates[model_name] = Gate(model_name, self._line())
-        return gate
-
-    def _flow(self, priority: int, by_name: dict[str, str | None]) -> Flow | None:
-        share = self.policy.fair_share
-        if share is None:
-            return None
-        key = by_name[share.by]
-        flow = self._flows.get((priority, key))
-        if flow is None:
-            flow = self._flows[priority, key] = Flow((priority, key), share.weights.get(key, 1.0))
-        return flow
-
-    def _places_of(self, job: Job) -> list[Places]:
-        values = dict(zip(self._keys, job.claim.lane.values, strict=True))
-        found = []
-        for number, depth in enumerate(self._depths):
-            key = None if depth.by is None else values[depth.by]
-            places = self._places.get((number, key))
-            if places is None:
-                places = self._places[number, key] = Places(key, depth.limit_of(key), depth.by)
-            found.append(places)
-        return found
-
-    def _line(self) -> Line:
-        return Line(self.policy.ageing_seconds, self.policy.strict)
-
-    def _every_resource(self) -> list[Resource]:
-        return [*self._gates.values(), *self._resources.values()]
-
     def _look_for_short_way(self, now: float) -> None:
         """Whether nothing but slots is asked for, and whether calls that tell nothing need not be looked at."""
-        self._open = self._bare and all(gate.is_through(now) for gate in self._gates.values())
+        self._open = self._bare and all(gate.is_through(now) for gate in self._registry.gates.values())
         self._short = self._open and not self.paused and self.refusing is None
         self.closed = not self._short or self._free < 0
         if self.closed:
             self._take_back()
-
-    def _forget_idle(self) -> None:
-        """Forget lanes, and what only they needed, of which nothing is waiting or running. Amortised O(1)."""
-        kept = {}
-        for key, lane in self._lanes.items():
-            if lane.waiting or lane.in_flight or lane is self._plain.lane:
-                kept[key] = lane
-            else:
-                self._remember(lane)
-        self._lanes = kept
-        self._keep_lanes = max(_KEPT_IDLE, 2 * len(kept))
-        needed = {resource for lane in kept.values() for resource in lane.resources}
-        flows = {lane.flow for lane in kept.values()}
-        self._gates = {k: g for k, g in self._gates.items() if g in needed or not g.idle(self._now)}
-        self._resources = {k: r for k, r in self._resources.items() if r in needed or not r.idle(self._now)}
-        self._places = {k: p for k, p in self._places.items() if p.taken or p.door}
-        self._flows = {
-            k: f for k, f in self._flows.items() if f in flows or f.finish > self._virtual_times.get(k[0], 0.0)
-        }
-
-    def _remember(self, lane: Lane) -> None:
-        """Keep the counts of a lane that is to be forgotten; of keys, those of the newest."""
-        counts = Counts(ended=_counts(lane, 0.0).ended)
-        names = [("class", lane.priority), *zip(self._keys, lane.values, strict=True)]
-        for name in names:
-            _add(self._past.setdefault(name, Counts()), counts)
-        if len(self._past) > 2 * _KEPT_KEYS:
-            classes = {name: past for name, past in self._past.items() if name[0] == "class"}
-            self._past = classes | dict(list(self._past.items())[-_KEPT_KEYS:])
 
 
 def _blocker(lane: Lane, tokens: float, source: Resource | None, now: float) -> Resource | None:
@@ -783,22 +660,3 @@ def _blocker(lane: Lane, tokens: float, source: Resource | None, now: float) -> 
         if resource.is_selective and resource is not source and resource.line.goes_before(lane, now):
             return resource
     return None
-
-
-def _counts(lane: Lane, now: float) -> Counts:
-    oldest = next(iter(lane.waiting.values()), None)
-    ended = {
-        Outcome.SUCCEEDED: lane.succeeded,
-        Outcome.IGNORED: lane.ignored,
-        Outcome.REJECTED: lane.rejected,
-    }
-    return Counts(len(lane.waiting), lane.in_flight, ended, None if oldest is None else now - oldest.submitted_at)
-
-
-def _add(total: Counts, counts: Counts) -> None:
-    total.waiting += counts.waiting
-    total.in_flight += counts.in_flight
-    for outcome, number in counts.ended.items():
-        total.ended[outcome] += number
-    if counts.oldest_wait_seconds is not None:
-        total.oldest_wait_seconds = max(total.oldest_wait_seconds or 0.0, counts.oldest_wait_seconds)

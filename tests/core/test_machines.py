@@ -302,7 +302,7 @@ class MixedMachine(RuleBasedStateMachine):
         by_class = before.by_class.values()
         assert sum(counts.waiting for counts in by_class) == before.waiting + before.at_door
         assert sum(counts.in_flight for counts in by_class) == before.in_flight
-        for resource in self.scheduler._every_resource():
+        for resource in self.scheduler._registry.every_resource():
             if isinstance(resource, Bucket):
                 assert resource.level <= resource.burst + 0.25 * resource.per_second + 1e-6
 

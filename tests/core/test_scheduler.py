@@ -213,15 +213,15 @@ def test_statistics_add_up_and_name_the_oldest_wait():
 
 
 def test_counts_of_idle_keys_are_forgotten_only_beyond_many_and_never_in_all(monkeypatch):
-    monkeypatch.setattr("llmq.core.scheduler._KEPT_KEYS", 50)
+    monkeypatch.setattr("llmq.core.census._KEPT_KEYS", 50)
     scheduler = make(4, Cap(2, by="service_id"))
     for number in range(5000):
         each = job(service_id=str(number))
         scheduler.submit(each, 0.0)
         scheduler.finish(each, Outcome.SUCCEEDED, 0.0)
     scheduler.check()
-    assert len(scheduler._lanes) < 2000
-    assert len(scheduler._resources) < 2000
+    assert len(scheduler._registry.lanes) < 2000
+    assert len(scheduler._registry.resources) < 2000
     found = scheduler.statistics(0.0)
     assert found.ended[Outcome.SUCCEEDED] == 5000
     assert len(found.by_key["service_id"]) < 2000
@@ -264,8 +264,8 @@ def test_what_was_cancelled_does_not_pile_up():
         scheduler.submit(each, 0.0)
         scheduler.cancel(each, 0.0)
         scheduler.check()
-    heaps = [[*lane._row, *lane._heap] for lane in scheduler._lanes.values()]
-    heaps += [rank.heap for r in [*scheduler._every_resource()] for rank in r.line._ranks.values()]
+    heaps = [[*lane._row, *lane._heap] for lane in scheduler._registry.lanes.values()]
+    heaps += [rank.heap for r in [*scheduler._registry.every_resource()] for rank in r.line._ranks.values()]
     heaps += [rank.heap for rank in scheduler._ready._ranks.values()]
     assert sum(map(len, heaps)) < 300
 
