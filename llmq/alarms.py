@@ -32,6 +32,9 @@ class Alarm(Protocol):
     def is_in(self, home: object) -> bool:
         """Whether it rings there."""
 
+    def is_gone(self) -> bool:
+        """Whether its loop has ended."""
+
     def start(self) -> None:
         """See to it that it rings at `at`; safe from anywhere. Raises `Gone` when its loop has ended."""
 
@@ -49,6 +52,11 @@ class AsyncioAlarm:
     def is_in(self, home: object) -> bool:
         """Whether that is its loop."""
         return self._loop() is home
+
+    def is_gone(self) -> bool:
+        """Whether its loop has ended."""
+        loop = self._loop()
+        return loop is None or loop.is_closed()
 
     def start(self) -> None:
         """Arm the loop's timer."""
@@ -86,10 +94,15 @@ class TrioAlarm:
         self._token: TrioToken = trio.lowlevel.current_trio_token()
         self._ring = ring
         self._scope: CancelScope | None = None
+        self._ended = False
 
     def is_in(self, home: object) -> bool:
         """Whether that is its run."""
         return self._token is home
+
+    def is_gone(self) -> bool:
+        """Whether its run has ended."""
+        return self._ended
 
     def start(self) -> None:
         """Start a task of the run that sleeps until then."""
@@ -101,6 +114,7 @@ class TrioAlarm:
         try:
             self._token.run_sync_soon(self._arm)
         except trio.RunFinishedError as error:
+            self._ended = True
             raise Gone from error
 
     def _arm(self) -> None:
@@ -129,21 +143,36 @@ class ThreadAlarm:
     def __init__(self, ring: Ring) -> None:
         self.at = math.inf
         self._ring = ring
+        self._guard = threading.RLock()  # a finaliser may come back to it
         self._timer: threading.Timer | None = None
+        self._timer_at = math.inf
 
     def is_in(self, home: object) -> bool:
         """Whether nobody's."""
         return home is None
 
+    def is_gone(self) -> bool:
+        """Never."""
+        return False
+
     def start(self) -> None:
-        """Start a thread that sleeps until then."""
-        at = self.at
-        if self._timer is not None:
-            self._timer.cancel()
-        if at < math.inf:
-            self._timer = threading.Timer(max(0.0, at - waiters.now()), self._ring, (self, at))
-            self._timer.daemon = True
-            self._timer.start()
+        """Start a thread that sleeps until then, unless one rings before."""
+        with self._guard:
+            at = self.at
+            if at >= self._timer_at:
+                return
+            timer = threading.Timer(max(0.0, at - waiters.now()), self._fire, (at,))
+            timer.daemon = True
+            old, self._timer, self._timer_at = self._timer, timer, at
+            if old is not None:
+                old.cancel()
+            timer.start()
+
+    def _fire(self, at: float) -> None:
+        with self._guard:
+            if self._timer_at == at:
+                self._timer, self._timer_at = None, math.inf
+        self._ring(self, at)
 
 
 def new_alarm(ring: Ring) -> Alarm:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -59,13 +60,15 @@ class Changes:
     reader. Ends when the queue is closed.
     """
 
+    # No lock: a finaliser may tell of a change in the middle of anything. The writer appends and then looks for the
+    # reader; the reader shows itself and then looks for what was appended.
+
     def __init__(self, size: int, on_close: Callable[[Changes], None]) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        self._unread: deque[Change] = deque()
-        self._size = size
-        self._missed = 0
-        self._lock = threading.Lock()
+        self._unread: deque[tuple[int, Change]] = deque(maxlen=size)
+        self._numbers = itertools.count(1)
+        self._read = 0
         self._reader: AsyncWaiter | None = None
         self._on_close = on_close
         self._ended = False
@@ -81,49 +84,41 @@ class Changes:
     def close(self) -> None:
         """Watch no longer. What was not read can still be."""
         self._on_close(self)
+        self.end()
+
+    def end(self) -> None:
+        """Nothing more comes."""
         self._ended = True
         self._wake()
 
     def add(self, change: Change) -> None:
-        """Take note; from any thread."""
-        with self._lock:
-            if len(self._unread) >= self._size:
-                self._unread.popleft()
-                self._missed += 1
-            self._unread.append(change)
+        """Take note; from anywhere."""
+        self._unread.append((next(self._numbers), change))
         self._wake()
 
     def _wake(self) -> None:
-        with self._lock:
-            reader, self._reader = self._reader, None
+        reader, self._reader = self._reader, None
         if reader is not None:
-            try:
+            with suppress(Gone):
                 reader.wake()
-            except Gone:
-                self._on_close(self)
 
     def __aiter__(self) -> Changes:
         return self
 
     async def __anext__(self) -> Change:
-        while True:
-            with self._lock:
-                if self._unread:
-                    change = self._unread.popleft()
-                    missed, self._missed = self._missed, 0
-                    break
-                if self._ended:
-                    raise StopAsyncIteration
-                if self._reader is not None:
-                    raise RuntimeError("one reader at a time; ask queue.changes() for another")
-                self._reader = waiter = new_waiter()
-            try:
-                await waiter.wait()
-            finally:
-                with self._lock:
-                    if self._reader is waiter:
-                        self._reader = None
         await anyio.lowlevel.checkpoint()
-        if not missed:
-            return change
-        return Change(**{name: getattr(change, name) for name in Change.__slots__ if name != "missed"}, missed=missed)
+        while not self._unread:
+            if self._ended:
+                raise StopAsyncIteration
+            if self._reader is not None:
+                raise RuntimeError("one reader at a time; ask queue.changes() for another")
+            self._reader = waiter = new_waiter()
+            try:
+                if not self._unread and not self._ended:
+                    await waiter
+            finally:
+                if self._reader is waiter:
+                    self._reader = None
+        number, change = self._unread.popleft()
+        missed, self._read = max(0, number - self._read - 1), number
+        return replace(change, missed=missed) if missed else change

@@ -13,7 +13,7 @@ from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from llmq import waiters
-from llmq.core import Drop, Job, LLMTaskMeta, Outcome, Scheduler, State
+from llmq.core import NO_META, Drop, Job, LLMTaskMeta, Outcome, Scheduler, State
 from llmq.errors import (
     QueueCancelledError,
     QueueClosedError,
@@ -26,6 +26,7 @@ from llmq.errors import (
 )
 from llmq.records import AttemptRecord, CallOutcome, OperationRecord
 from llmq.retry import Kind, Verdict, judged
+from llmq.usage import check_tokens
 from llmq.waiters import AsyncWaiter, ThreadWaiter, Waiter, new_waiter
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Slot(Try):
         if self.state is not _NEW:
             raise RuntimeError("this slot was entered before; ask queue.slot() for another one")
         queue = self.queue
-        if not queue._quick:
+        if not queue._quick or self.meta is not NO_META:
             await self._have_operation().enter(self)
             return self
         try:
@@ -108,11 +109,13 @@ class Slot(Try):
     def _ask(self, queue: LLMQueue) -> tuple[Sequence[Job], AsyncWaiter | None]:
         """Submit the slot itself. A waiter: it must wait there."""
         with queue._lock:
-            woken = queue._scheduler.submit(self, waiters.now())
-            if self.state is not _RUNNING:
-                return woken, queue._park(self, new_waiter)
-            queue._scheduler.lend()  # for those who come next
-            return woken, None
+            asked = queue._submit(self, waiters.now(), new_waiter)
+            if self.state is _RUNNING:
+                queue._scheduler.lend()  # for those who come next
+        if asked.failure is None:
+            return asked.woken, asked.waiter
+        queue._after(asked.woken)
+        raise asked.failure
 
     async def __aexit__(
         self,
@@ -167,8 +170,7 @@ class Slot(Try):
 
     def report(self, tokens: int) -> None:
         """Tell how many tokens the call really used, prompt and answer together; what was reserved is then settled."""
-        if tokens < 0:
-            raise ValueError(f"used tokens are at least 0, got {tokens}")
+        check_tokens(tokens)
         self.used_tokens = tokens
 
     @property
@@ -207,6 +209,7 @@ class Operation:
         "asked_at",
         "attempts",
         "began_at",
+        "closed",
         "drop",
         "id",
         "job",
@@ -222,13 +225,12 @@ class Operation:
     job: Job
 
     def __init__(self, queue: LLMQueue, meta: LLMTaskMeta, loop: AbstractEventLoop | None) -> None:
-        if queue._orphans or queue._leaked:
-            queue._bury_orphans()
         self.id = 0
         self.queue = queue
         self.meta = meta
         self.loop = None if loop is None else weakref.ref(loop)
         self.attempts = 0
+        self.closed = False
         self.wait_seconds = 0.0
         self.drop: Drop | None = None
         self.sleeper: Waiter | None = None
@@ -276,8 +278,8 @@ class Operation:
         if isinstance(error, GeneratorExit) or isinstance(getattr(error, "__context__", None), GeneratorExit):
             self.abandon()  # collected: perhaps in the middle of anything
             return
-        self.queue._end(self, _SUCCEEDED if verdict is None else verdict.outcome, closing=closing)
-        self.record(error, verdict, closing=closing)
+        if self.queue._end(self, _SUCCEEDED if verdict is None else verdict.outcome, closing=closing):
+            self.record(error, verdict, closing=closing)
 
     def abandon(self, *, in_attempt: bool = True) -> None:
         """End everything from a finaliser."""
@@ -316,6 +318,8 @@ class Operation:
     def _ask(self, job: Job, make_waiter: Callable[[], W]) -> tuple[Sequence[Job], W | None]:
         """Submit the next attempt. A waiter: it must wait there."""
         queue = self.queue
+        if queue._orphans or queue._leaked:
+            queue._bury_orphans()
         self.job = job
         self.attempts += 1
         self.started_at = None
@@ -337,7 +341,7 @@ class Operation:
             if job.state is not State.WAITING:
                 return
             others = scheduler.waiting - 1
-            why = scheduler.explain(job, waiters.now())
+            why = scheduler.explain(job, waiters.now(), count=False)
         raise QueueTimeout(
             f"waited queue_timeout={queue.queue_timeout:g} s for one of {queue.max_concurrency} slots, with "
             f"{others} others waiting; at last it {why}; raise queue_timeout or the limit, or submit less at once"
@@ -400,7 +404,10 @@ class Operation:
 def turned_away(queue: LLMQueue, drop: Drop | None, job: Job | None = None) -> QueueError:
     """What the caller of a dropped call gets."""
     if drop is Drop.FULL:
-        full = "" if job is None else f": {queue._scheduler.describe_depth(job)}"
+        full = ""
+        if job is not None:
+            with queue._locked() as scheduler:
+                full = f": {scheduler.describe_depth(job)}"
         return QueueFullError(
             f"the queue is full{full}; submit less at once, raise max_queued, or set overflow to wait or drop_oldest"
         )

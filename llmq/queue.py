@@ -26,7 +26,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from llmq import waiters
 from llmq.alarms import Alarm, new_alarm
@@ -75,6 +75,14 @@ _ROUNDING_SECONDS = 1e-6
 _default_telemetry = Telemetry()
 _new_slot = object.__new__
 _NEW = State.NEW
+
+
+class _Asked(NamedTuple, Generic[W]):
+    """What came of handing a job in: whom to wake, where to wait, or why that cannot be."""
+
+    woken: Sequence[Job]
+    waiter: W | None
+    failure: BaseException | None
 
 
 class _Return(NamedTuple):
@@ -394,14 +402,20 @@ class LLMQueue:
             found = [job for job in jobs if job.meta.request_id == request]
             if found:
                 return scheduler.explain(found[0], now)
+            if scheduler.runs(request):
+                return "runs"
             asleep = [operation for operation in self._backing_off if operation.meta.request_id == request]
             return "sleeps before its next attempt" if asleep else f"no open call has the request_id {request!r}"
 
     def changes(self, size: int = 1000) -> Changes:
         """The changes of state from now on, as an async iterator; see `Changes`."""
         watcher = Changes(size, self._forget_watcher)
-        self._watchers.append(watcher)
-        self._look_for_short_way()
+        with self._locked() as scheduler:
+            if scheduler.refusing is Drop.CLOSED:
+                watcher.end()
+            else:
+                self._watchers = [*self._watchers, watcher]
+                self._look_for_short_way()
         return watcher
 
     def records(self) -> Records:
@@ -420,27 +434,36 @@ class LLMQueue:
     ) -> tuple[Sequence[Job], W | None]:
         """Submit an operation's next attempt. A waiter: it must wait there."""
         with self._lock:
-            woken = self._scheduler.submit(job, now)
-            waiter = None if job.state is State.RUNNING else self._park(job, make_waiter)
+            asked = self._submit(job, now, make_waiter)
             self._backing_off.discard(operation)
-            self._open.add(operation)
+            if not isinstance(job, Slot):  # which must not be kept from collection
+                self._open.add(operation)
             if operation.loop is not None and operation.loop not in self._loops:
                 self._note_loop(operation.loop)
-        self._publish("started" if waiter is None else "waiting", job)
-        return woken, waiter
+        if asked.failure is not None:
+            self._after(asked.woken)
+            raise asked.failure
+        at_once: ChangeKind = "started" if job.state is State.RUNNING else "dropped"
+        self._publish(at_once if asked.waiter is None else "waiting", job)
+        return asked.woken, asked.waiter
 
-    def _park(self, job: Job, make_waiter: Callable[[], W]) -> W | None:
-        """Under the lock: a place for the caller of a waiting job, and a timer where it waits."""
+    def _submit(self, job: Job, now: float, make_waiter: Callable[[], W]) -> _Asked[W]:
+        """Under the lock: hand a job in, and park its caller if it must wait."""
+        woken = self._scheduler.submit(job, now)
         if job.state is not State.WAITING:
-            return None
+            return _Asked(woken, None, None)
         try:
-            job.waiter = waiter = make_waiter()
-        except BaseException:
-            self._scheduler.cancel(job, waiters.now())
-            raise
+            return _Asked(woken, self._park(job, make_waiter), None)
+        except BaseException as error:
+            return _Asked([*woken, *self._scheduler.cancel(job, now)], None, error)
+
+    def _park(self, job: Job, make_waiter: Callable[[], W]) -> W:
+        """A place for the caller of a waiting job, and a timer where it waits."""
+        job.waiter = waiter = make_waiter()
         home = waiter.home
         alarm = self._alarms.get(id(home))
         if alarm is None or not alarm.is_in(home):
+            self._alarms = {key: each for key, each in self._alarms.items() if not each.is_gone()}
             self._alarms[id(home)] = new_alarm(self._ring)
             if home is not None and (loop := running_loop()) is home and loop is not None:
                 self._note_loop(weakref.ref(loop))
@@ -452,12 +475,15 @@ class LLMQueue:
         self._loops.add(loop)
         self._mixed = self._mixed or len(self._loops) > 1
 
-    def _end(self, operation: Operation, outcome: Outcome, *, closing: bool) -> None:
-        """End an operation's attempt, if it is in one, and with `closing` the operation."""
+    def _end(self, operation: Operation, outcome: Outcome, *, closing: bool) -> bool:
+        """End an operation's attempt, if it is in one, and with `closing` the operation. False: it was ended before."""
         job = operation.job
         now = waiters.now()
         woken: Sequence[Job] | None = None
         with self._lock:
+            if operation.closed:
+                return False
+            operation.closed = closing
             if operation in self._backing_off:
                 self._backing_off.discard(operation)
             elif operation.started_at is None:
@@ -471,6 +497,7 @@ class LLMQueue:
         self._after(woken or ())
         if self._watchers and operation.started_at is not None:
             self._publish("ended", job)
+        return True
 
     def _give_back(self, operation: Operation | None, job: Job | None) -> None:
         """End an operation, if there is one, from a finaliser: never waits for the lock."""
@@ -481,32 +508,30 @@ class LLMQueue:
             finally:
                 self._lock.release()
             self._wake(woken)
-        if self._drainers and not self._count_open():
-            self._wake_drainers()
-        if self._scheduler.alarms and self._lock.acquire(blocking=False):
+        if (self._drainers or self._scheduler.alarms) and self._lock.acquire(blocking=False):
             try:
-                early = self._too_late_alarms()
+                drained, late = self._drained(), self._too_late_alarms()
             finally:
                 self._lock.release()
-            self._start(early)
+            self._tell_time(drained, late)
 
     def _after(self, woken: Sequence[Job] = ()) -> None:
         """What follows on every change: wake, take back what came meanwhile, and set the timer."""
         self._wake(woken)
         if self._mixed:
             self._notice_dead_loops()
-        while self._inbox:
-            with self._lock:
-                started = self._empty_inbox()
-            self._wake(started)
-        if self._drainers and not self._count_open():
-            self._wake_drainers()
-        if self._scheduler.alarms:
-            with self._lock:
-                early = self._too_late_alarms()
-            self._start(early)
-        if not self._quick:
-            self._look_for_short_way()
+        while True:
+            while self._inbox:
+                with self._lock:
+                    started = self._empty_inbox()
+                self._wake(started)
+            if self._drainers or self._scheduler.alarms or (not self._quick and self._telemetry is None):
+                with self._lock:
+                    drained, late = self._drained(), self._too_late_alarms()
+                    self._look_for_short_way()
+                self._tell_time(drained, late)
+            if not self._inbox:  # a finaliser may have met the lock taken just now
+                return
 
     def _recall(self) -> None:
         """Give the passes that came back to those who wait for them."""
@@ -611,11 +636,12 @@ class LLMQueue:
         assert isinstance(job, Try)
         self._inbox.append(_Return(job.operation or Operation(self, job.meta, None), job))
 
-    def _wake_drainers(self) -> None:
+    def _drained(self) -> list[Waiter]:
+        """Under the lock: who waits for the queue to be empty, if it is."""
+        if not self._drainers or self._count_open():
+            return []
         drainers, self._drainers = self._drainers, []
-        for drainer in drainers:
-            with suppress(Gone):
-                drainer.wake()
+        return drainers
 
     def _notice_dead_loops(self) -> None:
         """Take back what belongs to closed loops."""
@@ -650,12 +676,13 @@ class LLMQueue:
             alarm.at = deadline
         return late
 
-    def _start(self, alarms: list[Alarm]) -> None:
+    def _tell_time(self, drained: list[Waiter], alarms: list[Alarm]) -> None:
+        for drainer in drained:
+            with suppress(Gone):
+                drainer.wake()
         for alarm in alarms:
-            try:
+            with suppress(Gone):  # nobody waits there any more; it is forgotten when another loop comes
                 alarm.start()
-            except Gone:
-                self._alarms = {home: other for home, other in self._alarms.items() if other is not alarm}
 
     def _ring(self, alarm: Alarm, at: float) -> None:
         """It is time; or nearly so, where a loop rounds it."""
@@ -684,9 +711,9 @@ class LLMQueue:
             watcher.add(change)
 
     def _forget_watcher(self, watcher: Changes) -> None:
-        with suppress(ValueError):
-            self._watchers.remove(watcher)
-        self._look_for_short_way()
+        with self._locked():
+            self._watchers = [other for other in self._watchers if other is not watcher]
+            self._look_for_short_way()
 
 
 async def _counted(factory: Callable[[], Awaitable[T]], job: Job) -> T:
@@ -726,4 +753,4 @@ def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
 def _positive(name: str, seconds: float | None) -> float | None:
     if seconds is not None and not seconds > 0:
         raise ValueError(f"{name} must be more than 0 seconds, or None for no bound; got {seconds}")
-    return seconds
+    return None if seconds == math.inf else seconds

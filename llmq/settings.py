@@ -301,7 +301,7 @@ def parse_assignments(pairs: Iterable[str], model: type[BaseModel]) -> dict[str,
         _refuse_unknown([name], model.model_fields, "option")
         try:
             found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(f"{name}: cannot read {value!r}; mappings are written as {{a: 1}}") from None
     return found
 
@@ -319,7 +319,7 @@ def _read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if found is None:
         return {}

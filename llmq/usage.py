@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 
@@ -17,11 +18,16 @@ def report_tokens(used: int) -> None:
     For calls whose result does not carry its usage (`result.usage`, as the SDKs of OpenAI and Anthropic return it).
     What was reserved by `LLMTaskMeta.tokens` is then settled. Does nothing where no queue counts tokens.
     """
-    if used < 0:
-        raise ValueError(f"used tokens are at least 0, got {used}")
+    check_tokens(used)
     job = current_job.get()
     if job is not None:
         job.used_tokens = used
+
+
+def check_tokens(used: float) -> None:
+    """Raise ValueError for what is no number of tokens."""
+    if not 0 <= used < math.inf:
+        raise ValueError(f"used tokens are a number of at least 0, got {used}")
 
 
 def tokens_of(result: object) -> float | None:
@@ -50,4 +56,6 @@ def _get(source: object, name: str) -> object:
 
 
 def _number(value: object) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < math.inf else None

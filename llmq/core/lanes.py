@@ -31,6 +31,7 @@ CLOCK_JUMP_SECONDS = 1.0
 
 _SLACK = 16
 _WAITING = State.WAITING
+_NOBODY = Job()
 
 Entry = tuple[bool, float, int, int, "Lane"]
 
@@ -44,7 +45,7 @@ class Claim:
         self.lane = lane
         self.meta = meta
         self.tokens = meta.tokens
-        self.reserved = 0.0
+        self.reserved: float | None = 0.0  # None: of rates that are no longer in force; nothing is to be settled
 
 
 class Resource:
@@ -90,12 +91,17 @@ class Resource:
 
 
 class Flow:
-    """The share of one key in one class. `finish` is the virtual time up to which it has had its part."""
+    """The share of one key in one class.
 
-    __slots__ = ("finish", "weight")
+    `finish` is the virtual time up to which it has had its part; `correction` what was settled in it since its next
+    job got its tag.
+    """
+
+    __slots__ = ("correction", "finish", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
+        self.correction = 0.0
         self.finish = 0.0
 
 
@@ -225,6 +231,8 @@ class Lane:
             self.head = row[0]
         elif heap:
             self.head = heap[0][1]
+        else:
+            self.head = _NOBODY  # do not keep the last one from collection
 
 
 class _Rank:
@@ -270,8 +278,8 @@ class Line:
         rank = self._ranks.get(lane.priority)
         if rank is None:
             rank = self._ranks[lane.priority] = _Rank()
-        if not rank.size:
-            rank.since = job.submitted_at
+        oldest = next(iter(lane.waiting.values())).submitted_at  # the head may be new
+        rank.since = min(rank.since, oldest) if rank.size else oldest
         rank.size += 1
         lane.line = self
         lane.entry = entry = (not_front, lane.tag, rank_number, sequence, lane)
@@ -306,15 +314,13 @@ class Line:
         return found if overdue is None else _top(overdue)
 
     def goes_before(self, lane: Lane, now: float) -> bool:
-        """Whether somebody here has a better claim than a lane that stands elsewhere, or nowhere."""
-        best = self.best(now)
-        if best is None:
+        """Whether somebody here would have a better claim than a lane that stands nowhere, if it stood here."""
+        if not self:
             return False
-        if best.priority != lane.priority:
-            return best.priority < lane.priority or best is not self._first()
-        assert best.entry is not None
-        not_front, rank, sequence = lane.head.order
-        return best.entry[:4] < (not_front, lane.tag, rank, sequence)
+        self.add(lane)
+        best = self.best(now)
+        self.remove(lane)
+        return best is not lane
 
     def served(self, priority: int, now: float) -> None:
         """A job of this class took what the line is for."""
@@ -369,6 +375,7 @@ def _top(rank: _Rank) -> Lane:
         elif lane.flow is not None and lane.flow.finish > entry[1]:
             heappop(heap)
             lane.tag = lane.flow.finish
+            lane.flow.correction = 0.0
             lane.entry = entry = (entry[0], lane.tag, entry[2], entry[3], lane)
             heappush(heap, entry)
         else:

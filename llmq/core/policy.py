@@ -69,6 +69,11 @@ class Policy:
             if (kind := identity(limit)) in seen:
                 raise ValueError(f"two limits of the same kind: {limit}; state the stricter one alone")
             seen.add(kind)
+        for priority in self.strict:
+            if not isinstance(priority, Priority):
+                raise TypeError(f"strict is a set of Priority values, got {priority!r}")
+        if self.fair_share is not None and not isinstance(self.fair_share, FairShare):
+            raise TypeError(f"fair_share is a FairShare or None, got {self.fair_share!r}")
         if self.overflow not in ("wait", "reject", "drop_oldest"):
             raise ValueError(f"overflow is wait, reject or drop_oldest; got {self.overflow!r}")
         if self.ageing_seconds is not None and not 0 <= self.ageing_seconds < math.inf:

@@ -3,8 +3,9 @@
 A rate is a bucket that refills evenly and holds at most `burst`; it is the generic cell rate algorithm (ITU-T I.371)
 with the level kept instead of the arrival time. A job starts when the bucket holds what it costs or, where it costs
 more than fits in, when the bucket is full; what it takes beyond that is a debt that later jobs wait for. So with no
-burst, which is the default, starts are paced evenly, and in any time t at most rate * t + burst is let in (plus the
-part of one job that was larger than the bucket).
+burst, which is the default, starts are paced evenly, and in any time t at most rate * t + burst is let in, plus the
+part of one job that was larger than the bucket, plus what a timer that came late is caught up with: at most a quarter
+of a second's worth, and nothing where timers are punctual, as in virtual time.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Bucket(Resource):
             used = 0.0
         elif used:
             self.typical += (used - self.typical) * (_WEIGHT_OF_NEW if self.typical else 1.0)
-        if used is not None:
+        if used is not None and claim.reserved is not None:
             self._return(claim.reserved - used, now)
 
     def was_late(self, seconds: float, now: float) -> None:

@@ -32,7 +32,11 @@ class Registry:
         self._census = census
         self._depths = policy.depths
         self._carried_over = carried_over
-        self._most_lanes = _KEPT_IDLE
+        self._most_lanes = math.inf
+
+    def settle_in(self) -> None:
+        """From now on all that is in use can be told from what is not."""
+        self._most_lanes = max(_KEPT_IDLE, 2 * len(self.lanes))
 
     def claim(self, meta: LLMTaskMeta, now: float) -> Claim:
         """What a call of this kind will take. Raises ValueError and TypeError for metadata that cannot be used."""
@@ -66,10 +70,10 @@ class Registry:
 
     def places_of(self, job: Job) -> list[Places]:
         """The bounds on waiting that count a job."""
-        values = dict(zip(self.keys, job.claim.lane.values, strict=True))
+        values = dict(zip(self.keys, job.claim.lane.values, strict=False))  # an ended job may be of an older policy
         found = []
         for number, depth in enumerate(self._depths):
-            key = None if depth.by is None else values[depth.by]
+            key = None if depth.by is None else values.get(depth.by)
             places = self.places.get((number, key))
             if places is None:
                 places = self.places[number, key] = Places(key, depth.limit_of(key), depth.by)
@@ -83,6 +87,10 @@ class Registry:
     def every_resource(self) -> list[Resource]:
         """Gates, seats and buckets."""
         return [*self.gates.values(), *self.resources.values()]
+
+    def buckets_to_carry_over(self, now: float) -> Buckets:
+        """Those that are not full, and those of the policy before this one that nobody has asked for yet."""
+        return {key: each for key, each in {**self._carried_over, **self.buckets()}.items() if not each.idle(now)}
 
     def buckets(self) -> Buckets:
         """Those of the rates."""
@@ -120,10 +128,10 @@ class Registry:
             else:
                 self._census.remember(lane, self.keys)
         self.lanes = kept
-        self._most_lanes = max(_KEPT_IDLE, 2 * len(kept))
         needed = {resource for lane in kept.values() for resource in lane.resources}
         flows = {lane.flow for lane in kept.values()}
         self.gates = {k: g for k, g in self.gates.items() if g in needed or not g.idle(now)}
         self.resources = {k: r for k, r in self.resources.items() if r in needed or not r.idle(now)}
         self.places = {k: p for k, p in self.places.items() if p.taken or p.door}
         self.flows = {k: f for k, f in self.flows.items() if f in flows}
+        self._most_lanes = max(_KEPT_IDLE, 2 * len(kept), len(self.resources))

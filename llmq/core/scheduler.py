@@ -31,18 +31,19 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from llmq.core.capacity import Places, Seats
 from llmq.core.census import Census
 from llmq.core.jobs import NO_META, Counts, Drop, Job, Outcome, Pass, State, Statistics
 from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Lane, Resource
-from llmq.core.policy import Policy
+from llmq.core.policy import Policy, identity
 from llmq.core.rates import Bucket, Rate
-from llmq.core.registry import Buckets, Registry
+from llmq.core.registry import Registry
 
 _NOBODY: Sequence[Job] = ()
 _MOST_LENT = 1024
+_SLACK = 64
 _RUNNING, _ENDED = State.RUNNING, State.ENDED
 _SUCCEEDED = Outcome.SUCCEEDED
 
@@ -69,12 +70,13 @@ class Scheduler:
         self._census = Census()
         self._now = -math.inf
         self._plain = Claim(None, NO_META)  # type: ignore[arg-type]  # shared by all on the short way
-        self._adopt(policy, {})
+        self._adopt(policy, Registry(policy, self._census, {}))
+        self._registry.settle_in()
 
-    def _adopt(self, policy: Policy, carried_over: Buckets) -> None:
+    def _adopt(self, policy: Policy, registry: Registry) -> None:
         self.policy = policy
         self.limit = policy.max_concurrency
-        self._registry = Registry(policy, self._census, carried_over)
+        self._registry = registry
         self._has_rates = any(isinstance(limit, Rate) for limit in policy.limits)
         self._has_depths = bool(policy.depths)
         self._bare = not policy.limits and policy.fair_share is None
@@ -153,6 +155,7 @@ class Scheduler:
 
     def lend(self) -> None:
         """Lend what is free to the short way, if it is open."""
+        self.closed = not self._short or self._free < 0
         while not self.closed and not self.waiting and self._free > 0 and self._lent < _MOST_LENT:
             if not self._idle_passes:
                 self._idle_passes.append(Pass())
@@ -204,53 +207,70 @@ class Scheduler:
 
     def reconfigure(self, policy: Policy, now: float) -> Sequence[Job]:
         """Go on under another policy: who waits keeps its place in the order, who runs counts under the new limits,
-        and what a rate has given out stays given out. Nobody who waits is turned away. Costs O(waiting)."""
-        old_registry, buckets = self._registry, self._registry.buckets()
-        waiting = sorted(self.jobs(), key=lambda job: job.sequence)
-        for lane in old_registry.lanes.values():
-            self._census.remember(lane, old_registry.keys)
-        for bucket in buckets.values():
-            bucket.advance(now)
+        and what a rate has given out stays given out. Nobody who waits is turned away. Costs O(waiting).
+
+        Metadata is read again. Raises TypeError if it cannot be a key of a new limit; then nothing has changed.
+        """
+        old = self._registry
         self._take_back()
+        for bucket in old.buckets().values():
+            bucket.advance(now)
+        registry = Registry(policy, self._census, old.buckets_to_carry_over(now))
+        same_rates = self._token_rates(policy) == self._token_rates(self.policy)
+        running = {sequence: _again(registry, claim, now) for sequence, claim in self._claims.items()}
+        waiting = sorted(self.jobs(), key=lambda job: job.sequence)
+        claims = [_again(registry, job.claim, now) for job in waiting]
+        for lane in old.lanes.values():
+            self._census.remember(lane, old.keys)
         plain = self.in_flight - len(self._claims)
         self._free += policy.max_concurrency - self.limit
-        self._adopt(policy, buckets)
-        for model_name, gate in old_registry.gates.items():
+        self._adopt(policy, registry)
+        for model_name, gate in old.gates.items():
             if not gate.idle(now):
-                self._registry.gate(model_name).hold(gate.open_at, gate.held_at)
-        for sequence, old in self._claims.items():
-            self._claims[sequence] = claim = self._claim_again(old, now)
+                registry.gate(model_name).hold(gate.open_at, gate.held_at)
+        self._claims = running
+        for claim in running.values():
+            claim.reserved = claim.reserved if same_rates else None
             claim.lane.in_flight += 1
             for resource in claim.lane.resources:
                 resource.count_running(1)
         for resource in self._plain.lane.resources:
             resource.count_running(plain)
         self.waiting = 0
-        for job in waiting:
-            job.claim = self._claim_again(job.claim, now)
+        for job, claim in zip(waiting, claims, strict=True):
+            job.claim = claim
             self._wait(job)
             self._find_place(job)
+        registry.settle_in()
         self._look_for_short_way(now)
         return self._settle(now)
+
+    @staticmethod
+    def _token_rates(policy: Policy) -> set[object]:
+        return {identity(limit) for limit in policy.limits if isinstance(limit, Rate) and limit.of == "tokens"}
 
     def model_of(self, job: Job) -> str | None:
         """The model that a job asked for when it came."""
         return None if job.meta is NO_META else job.claim.lane.values[0]
+
+    def runs(self, request_id: str) -> bool:
+        """Whether a call with that id runs."""
+        return any(claim.meta.request_id == request_id for claim in self._claims.values())
 
     def jobs(self) -> Iterator[Job]:
         """All that wait."""
         for lane in self._registry.lanes.values():
             yield from lane.waiting.values()
 
-    def explain(self, job: Job, now: float) -> str:
-        """What a job waits for, in words. Changes nothing."""
+    def explain(self, job: Job, now: float, *, count: bool = True) -> str:
+        """What a job waits for, in words; with `count` in O(waiting), since that tells how many go before it."""
         if job.state is _RUNNING:
             return f"runs, for {now - (job.started_at or now):.1f} s"
         if job.state is not State.WAITING:
             return "has ended" if job.started_at is not None or job.drop is None else f"was dropped: {job.drop.value}"
         lane = job.claim.lane
         door = self._at_door.get(job.sequence)
-        before = lane.before(job)
+        before = lane.before(job) if count else 0
         behind = f", with {before} like it before it" if before else ""
         if door is not None:
             behind += f", at the door of a full queue ({door.describe()})"
@@ -302,7 +322,7 @@ class Scheduler:
         by_pass = self._lent - len(self.passes)
         assert self._submitted == self.waiting + self.in_flight - by_pass + gone, "a job was lost or doubled"
         assert len(self._all_passes) == self._lent + len(self._idle_passes)
-        assert self.closed == (not self._short or self._free < 0)
+        assert self.closed or (self._short and self._free >= 0)
         assert not self.passes or not (self.waiting or self.closed), "passes are wanted back, and nobody recalls them"
         plain = self.in_flight - len(self._claims)
         assert plain >= by_pass >= 0
@@ -373,7 +393,7 @@ class Scheduler:
             return _NOBODY
         woken = [other for other in self._settle(now) if other is not job]
         if self._has_depths and not job.front and job.sequence in job.claim.lane.waiting:
-            woken += self._make_room(job, now)
+            woken += [other for other in self._make_room(job, now) if other is not job]
             self._find_place(job)
         return woken
 
@@ -394,7 +414,12 @@ class Scheduler:
         ):
             self._drop(job, Drop.FULL, now)
             return self._settle(now)
-        return self.drop([victim for victim in victims if victim is not None], Drop.OLDEST, now)
+        woken = list[Job]()
+        for places in sorted(full, key=lambda places: places.by is None):  # the narrower first: it may do for both
+            victim = places.oldest_of_lowest_class()
+            if places.full and victim is not None and self._drop(victim, Drop.OLDEST, now):
+                woken.append(victim)
+        return [*woken, *self._settle(now)]
 
     def _find_place(self, job: Job) -> None:
         """Let a waiting job in, or let it stand at the first door that is closed to it."""
@@ -408,6 +433,9 @@ class Scheduler:
         else:
             self._at_door[job.sequence] = closed
             heappush(closed.door, (job.sequence, job))
+            if len(closed.door) > 2 * len(self._at_door) + _SLACK:
+                closed.door = [entry for entry in closed.door if self._at_door.get(entry[0]) is closed]
+                heapify(closed.door)
 
     def _leave_place(self, job: Job) -> None:
         """Give a job's place up, and let in who stands at the door for it."""
@@ -552,6 +580,9 @@ class Scheduler:
             resource.alarm = at
             self._alarm_number += 1
             heappush(self.alarms, (at, self._alarm_number, resource))
+            if len(self.alarms) > 2 * len(self._registry.resources) + _SLACK:
+                self.alarms = [entry for entry in self.alarms if entry[2].alarm == entry[0]]
+                heapify(self.alarms)
 
     def _stand_ready(self, lane: Lane) -> None:
         """Let a lane that has jobs stand among the ready ones, by its present head; what it was offered stays so."""
@@ -559,6 +590,7 @@ class Scheduler:
             lane.line.remove(lane)
         if lane.flow is not None:
             lane.tag = max(self._virtual_times.get(lane.priority, 0.0), lane.flow.finish)
+            lane.flow.correction = 0.0
         self._ready.add(lane)
 
     def _stand_down(self, lane: Lane) -> Resource | None:
@@ -577,7 +609,9 @@ class Scheduler:
             return
         before = self._virtual_times.get(lane.priority, 0.0)
         self._virtual_times[lane.priority] = max(before, lane.tag)
-        lane.flow.finish = lane.tag + (tokens if share.of == "tokens" else 1.0) / lane.flow.weight
+        flow = lane.flow
+        flow.finish = lane.tag + (tokens if share.of == "tokens" else 1.0) / flow.weight + flow.correction
+        flow.correction = 0.0
 
     def _end(self, job: Job, outcome: Outcome, now: float) -> None:
         claim = self._claims.get(job.sequence, self._plain)  # not job's own, if the policy was changed meanwhile
@@ -622,8 +656,16 @@ class Scheduler:
         if claim is not self._plain:
             lane.in_flight -= 1
         share = self.policy.fair_share
-        if share is not None and lane.flow is not None and share.of == "tokens" and used is not None:
-            lane.flow.finish += (used - claim.reserved) / lane.flow.weight
+        if (
+            share is not None
+            and lane.flow is not None
+            and share.of == "tokens"
+            and used is not None
+            and claim.reserved is not None
+        ):
+            settled = (used - claim.reserved) / lane.flow.weight
+            lane.flow.finish += settled
+            lane.flow.correction += settled
         for resource in lane.resources:
             resource.give_back(claim, now, used=used, refund=refund)
             self._offer(resource, now)
@@ -637,12 +679,6 @@ class Scheduler:
             return tokens
         return max((found.typical for found in lane.resources if isinstance(found, Bucket)), default=0.0)
 
-    def _claim_again(self, old: Claim, now: float) -> Claim:
-        """A claim under the present policy, with the estimate that it came with."""
-        claim = self._registry.claim(old.meta, now)
-        claim.tokens, claim.reserved = old.tokens, old.reserved
-        return claim
-
     def _look_for_short_way(self, now: float) -> None:
         """Whether nothing but slots is asked for, and whether calls that tell nothing need not be looked at."""
         self._open = self._bare and all(gate.is_through(now) for gate in self._registry.gates.values())
@@ -650,6 +686,13 @@ class Scheduler:
         self.closed = not self._short or self._free < 0
         if self.closed:
             self._take_back()
+
+
+def _again(registry: Registry, old: Claim, now: float) -> Claim:
+    """A claim under another policy, with the estimate that it came with."""
+    claim = registry.claim(old.meta, now)
+    claim.tokens, claim.reserved = old.tokens, old.reserved
+    return claim
 
 
 def _blocker(lane: Lane, tokens: float, source: Resource | None, now: float) -> Resource | None:
