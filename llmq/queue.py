@@ -490,6 +490,8 @@ class LLMQueue:
                 woken = self._scheduler.cancel(job, now)
             else:
                 woken = self._scheduler.finish(job, outcome, now)
+                if woken is None:
+                    return False
             if closing:
                 self._open.discard(operation)
             elif operation in self._open:
