@@ -10,7 +10,7 @@ EXTRAS := all,test,bench
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
 DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
-.PHONY: tune test bench bench-readme soak pace notebooks lint clean
+.PHONY: tune test mutants bench bench-readme soak pace notebooks lint clean
 .DEFAULT_GOAL := tune
 
 tune: $(READY)
@@ -22,6 +22,9 @@ test: $(READY)
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/table.py

@@ -1,5 +1,6 @@
 """Limits, order, depth and control through the queue, in virtual time on asyncio and trio."""
 
+import asyncio
 import functools
 import math
 
@@ -18,6 +19,7 @@ from llmq.errors import (
     QueueFullError,
     QueueTimeout,
 )
+from llmq.virtual import VirtualLoop
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +114,17 @@ async def test_a_slot_too_is_paced_and_explained():
     assert_idle(queue)
 
 
+async def test_a_timer_rings_again_for_each_of_those_that_wait():
+    queue, starts = make_queue(10, Rate(60)), Starts()
+    began = anyio.current_time()
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(queue.submit, starts)
+    assert [time - began for time in starts.times] == pytest.approx([0, 1, 2, 3], abs=1e-3)
+    assert_idle(queue)
+
+
 class Answer:
     def __init__(self, **usage):
         self.usage = type("Usage", (), usage)()
@@ -166,6 +179,24 @@ async def test_a_cancelled_waiter_and_a_cancelled_start_give_everything_back():
     began = anyio.current_time()
     await queue.submit(starts, meta=LLMTaskMeta(tokens=50))
     assert anyio.current_time() - began <= 0.5 + 1e-6
+    assert_idle(queue)
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualLoop})], ids=["asyncio"])
+async def test_a_caller_cancelled_between_start_and_wake_up_gives_everything_back():
+    queue, starts = make_queue(1, Rate(600, of="tokens")), Starts()
+    slot = await queue.slot(LLMTaskMeta(tokens=0)).__aenter__()
+    task = asyncio.create_task(queue.submit(starts, meta=LLMTaskMeta(tokens=50)))
+    await anyio.wait_all_tasks_blocked()
+    slot.release()
+    assert (queue.statistics().in_flight, starts.times) == (1, []), "it has its slot, and does not know"
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert queue.statistics().abandoned == 1
+    began = anyio.current_time()
+    await queue.submit(starts, meta=LLMTaskMeta(tokens=50))
+    assert starts.times == [began]
     assert_idle(queue)
 
 
@@ -311,7 +342,7 @@ async def test_close_answers_everybody():
                 pass
         with pytest.raises(QueueClosedError, match="for good"):
             queue.resume()
-        await queue.drain()
+        await queue.drain(timeout=5)
     assert sorted(answers) == ["closed"] * 4 + ["ran"]
     assert_idle(queue)
 
@@ -438,6 +469,27 @@ async def test_a_reader_of_changes_is_woken():
         async with queue.slot():
             await anyio.sleep(1)
     assert kinds == ["started", "ended"]
+    assert_idle(queue)
+
+
+class Forever:
+    def __await__(self):
+        while True:
+            yield
+
+
+async def test_a_collected_call_sets_the_timer_of_who_comes_next():
+    queue, starts = make_queue(1, Rate(60)), Starts()
+    began = anyio.current_time()
+    call = queue.submit(Forever)
+    call.send(None)
+    assert queue.statistics().in_flight == 1
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(queue.submit, starts)
+            await anyio.sleep(0.5)
+            call.close()  # as its collection does
+    assert starts.times[0] - began == pytest.approx(1)
     assert_idle(queue)
 
 

@@ -13,7 +13,7 @@ import anyio
 import pytest
 import trio
 
-from llmq import LLMQueue, Rate, Retry
+from llmq import LLMQueue, LLMTaskMeta, Rate, Retry
 from llmq.errors import ProviderError, QueueTimeout
 
 PATIENCE = 30
@@ -110,6 +110,32 @@ def test_a_slot_taken_in_one_thread_is_ended_in_another():
     assert_idle(queue)
 
 
+class GuardedLoop(asyncio.SelectorEventLoop):
+    """Counts the calls from other threads that are not safe from there: the loop may sleep through them."""
+
+    def __init__(self):
+        self.thread, self.unsafe_calls = threading.get_ident(), 0
+        super().__init__()
+
+    def call_soon(self, callback, *args, context=None):
+        self.unsafe_calls += threading.get_ident() != self.thread
+        return super().call_soon(callback, *args, context=context)
+
+
+def test_a_loop_is_woken_from_another_thread_in_the_thread_safe_way():
+    queue, loop = LLMQueue(1, telemetry=None), GuardedLoop()
+    slot = asyncio.run(queue.slot().__aenter__())
+    task = loop.create_task(queue.submit(functools.partial(asyncio.sleep, 0, "ran")))
+    loop.run_until_complete(asyncio.sleep(0))
+    releasing = threading.Thread(target=slot.release)
+    releasing.start()
+    releasing.join(PATIENCE)
+    assert loop.run_until_complete(task) == "ran"
+    loop.close()
+    assert loop.unsafe_calls == 0
+    assert_idle(queue)
+
+
 def test_a_closed_loop_gives_its_slots_back_to_the_next_caller_who_waits():
     queue = LLMQueue(1, telemetry=None)
     loop = asyncio.new_event_loop()
@@ -149,6 +175,21 @@ def test_a_closed_loop_gives_its_places_in_the_queue_back():
         task.get_coro().close()
     assert_idle(queue)
     assert queue.statistics().abandoned == 3
+
+
+def test_a_slot_meant_for_a_closed_loop_goes_to_the_next_caller():
+    queue = LLMQueue(1, telemetry=None)
+    loop = asyncio.new_event_loop()
+    slot = asyncio.run(queue.slot().__aenter__())
+    kept = loop.create_task(queue.slot().__aenter__())
+    loop.run_until_complete(asyncio.sleep(0))
+    assert queue.statistics().waiting == 1
+    loop.close()
+    slot.release()
+    assert (queue.statistics().in_flight, queue.statistics().abandoned) == (0, 1)
+    kept._log_destroy_pending = False
+    kept.get_coro().close()
+    assert_idle(queue)
 
 
 def test_a_collected_task_gives_its_slot_back():
@@ -290,6 +331,16 @@ def test_a_loop_that_dies_while_others_wait_gives_its_slot_to_them():
     assert_idle(queue)
 
 
+def test_a_dead_loop_is_noticed_though_nobody_waits():
+    queue = LLMQueue(2, telemetry=None)
+    loop, kept = held_by_a_loop(queue, functools.partial(asyncio.sleep, PATIENCE))
+    loop.close()
+    asyncio.run(queue.submit(functools.partial(asyncio.sleep, 0)))
+    assert queue.statistics().in_flight == 0
+    ends_late(kept)
+    assert_idle(queue)
+
+
 def test_a_thread_notices_a_dead_loop_too():
     queue = LLMQueue(1, telemetry=None, queue_timeout=PATIENCE)
     loop, kept = held_by_a_loop(queue, functools.partial(asyncio.sleep, PATIENCE))
@@ -315,6 +366,37 @@ def test_a_loop_that_dies_in_a_back_off_leaves_nothing_open():
 
     asyncio.run(main())
     ends_late(kept)
+    assert_idle(queue)
+
+
+def test_the_timer_does_not_end_with_the_loop_that_first_needed_it():
+    queue = LLMQueue(10, limits=[Rate(20, per="second")], telemetry=None, queue_timeout=5)
+    asyncio.run(queue.submit(functools.partial(asyncio.sleep, 0)))
+    loop, kept = held_by_a_loop(queue, functools.partial(asyncio.sleep, 0))
+    assert queue.statistics().waiting == 1
+    loop.close()
+    assert asyncio.run(queue.submit(functools.partial(asyncio.sleep, 0, "ran"))) == "ran"
+    ends_late(kept)
+    assert queue.submit_sync(str.upper, "in a thread too") == "IN A THREAD TOO"
+    assert_idle(queue)
+
+
+def test_a_thread_settles_its_tokens():
+    queue = LLMQueue(10, limits=[Rate(600, of="tokens")], telemetry=None, queue_timeout=0.05)
+    assert queue.submit_sync(lambda: {"usage": {"total_tokens": 100_000}}, meta=LLMTaskMeta(tokens=0))
+    with pytest.raises(QueueTimeout, match="tokens per minute"):
+        queue.submit_sync(print, meta=LLMTaskMeta(tokens=1))
+    assert_idle(queue)
+
+
+def test_who_waits_outside_of_any_loop_leaves_nothing_behind():
+    queue = LLMQueue(1, telemetry=None)
+    slot = asyncio.run(queue.slot().__aenter__())
+    for waiting in (queue.submit(functools.partial(asyncio.sleep, 0)), queue.slot().__aenter__()):
+        with pytest.raises(RuntimeError, match="no asyncio or trio event loop runs here"):
+            waiting.send(None)
+        assert queue.statistics().waiting == 0
+    slot.release()
     assert_idle(queue)
 
 

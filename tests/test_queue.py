@@ -11,6 +11,7 @@ from llmq import LLMQueue, LLMTaskMeta, Priority, Retry
 from llmq.core import Outcome
 from llmq.errors import ProviderError, QueueDrainingError, QueueTimeout, RequestTimeout
 from llmq.retry import Kind, Verdict
+from llmq.virtual import VirtualLoop
 
 pytestmark = pytest.mark.anyio
 
@@ -221,7 +222,7 @@ async def test_drain_waits_for_a_retry_too_and_lets_it_finish():
         group.start_soon(functools.partial(queue.submit, call, retry=Retry(3, base=4, cap=4)))
         await anyio.sleep(1.1)
         await queue.drain()
-    assert call.calls == 2
+        assert (call.calls, queue.open_operations) == (2, 0)
     assert_idle(queue)
 
 
@@ -347,6 +348,28 @@ async def test_retry_after_holds_back_every_waiter_of_that_model_and_no_other():
     assert_idle(queue)
 
 
+async def test_a_refused_slot_does_not_go_to_the_next_of_its_model():
+    queue, calls = make_queue(1), Calls()
+    refused = FailsFirst(1, status_code=429, headers={"retry-after": "20"})
+    began = anyio.current_time()
+    ended = []
+
+    async def submit(model):
+        await queue.submit(calls, meta=LLMTaskMeta(model_name=model))
+        ended.append((model, anyio.current_time() - began))
+
+    async with anyio.create_task_group() as group:
+        again = functools.partial(queue.submit, refused, meta=LLMTaskMeta(model_name="m"), retry=Retry(2))
+        group.start_soon(again)
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(submit, "m")
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(submit, "n")
+    assert ended[0] == ("n", pytest.approx(2))
+    assert ended[1][1] >= 1 + 20 + 1
+    assert_idle(queue)
+
+
 @pytest.mark.parametrize("retry", [Retry(2), None])
 async def test_a_hold_lasts_as_long_as_the_provider_said_whatever_becomes_of_the_refused_call(retry):
     queue, calls = make_queue(1), Calls()
@@ -423,6 +446,20 @@ async def test_a_lease_ends_once_whoever_ends_it():
     assert_idle(queue)
 
 
+async def test_a_slot_of_the_short_way_goes_to_who_waits_for_it():
+    queue, calls = make_queue(2), Calls()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group, queue.slot():
+            async with queue.slot() as slot:
+                assert slot.lease is not None, "the slot before has lent what was free"
+                group.start_soon(queue.submit, calls)
+                await anyio.sleep(1)
+                assert (calls.total, queue.statistics().waiting) == (0, 1)
+            await anyio.sleep(0.1)
+            assert calls.total == 1
+    assert_idle(queue)
+
+
 async def test_a_collected_slot_comes_back_and_is_recorded():
     queue, calls = make_queue(1), Calls()
 
@@ -442,6 +479,31 @@ async def test_a_collected_slot_comes_back_and_is_recorded():
     with anyio.fail_after(1):
         await queue.submit(functools.partial(calls, 0.5))
     assert [o.outcome for o in queue.records().operations][-2:] == ["cancelled", "ok"]
+    assert_idle(queue)
+
+
+async def test_a_drain_ends_when_the_last_slot_is_collected():
+    queue = make_queue(1)
+    slot = await queue.slot().__aenter__()
+    async with anyio.create_task_group() as group:
+        group.start_soon(queue.drain, 5)
+        await anyio.sleep(1)
+        del slot
+    assert_idle(queue)
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualLoop})], ids=["asyncio"])
+async def test_a_slot_that_is_cancelled_between_start_and_wake_up_never_began():
+    queue = make_queue(1)
+    slot = await queue.slot().__aenter__()
+    task = asyncio.create_task(queue.slot().__aenter__())
+    await anyio.wait_all_tasks_blocked()
+    slot.release()
+    assert queue.statistics().in_flight == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (queue.statistics().abandoned, queue.statistics().ended[Outcome.IGNORED]) == (1, 0)
     assert_idle(queue)
 
 

@@ -72,6 +72,29 @@ def test_an_overdue_class_gets_every_fourth_start_and_not_more():
     assert set(gaps) == {4.0}
 
 
+def test_a_class_that_was_served_ages_anew():
+    scheduler, now, found = make(1, ageing_seconds=20), 0.0, []
+    running, low = job(URGENT), job(LOW)
+    scheduler.submit(running, now)
+    scheduler.submit(low, now)
+    while len(found) < 2 and now < 100:
+        now += 1.0
+        scheduler.submit(job(URGENT), now)
+        (running,) = scheduler.finish(running, SUCCEEDED, now)
+        if running is low:
+            found.append(now)
+            scheduler.submit(low := job(LOW), now)
+    assert 20 <= found[0] <= 24
+    assert 20 <= found[1] - found[0] <= 24
+
+
+def test_overdue_classes_take_turns():
+    waiting = [job(priority) for priority in (LOW, NORMAL) for _ in range(3)]
+    started = under_a_stream_of(URGENT, make(1, ageing_seconds=10), waiting)
+    in_order = sorted(zip(started, waiting, strict=True), key=lambda start: start[0])
+    assert [each.meta.priority for _, each in in_order] == [LOW, NORMAL] * 3
+
+
 def test_ageing_holds_where_a_cap_binds_and_not_the_slots():
     scheduler = make(50, Cap(1, by="model_name"), ageing_seconds=20)
     running, low, now = job(URGENT, model_name="m"), job(LOW, model_name="m"), 0.0
@@ -213,6 +236,18 @@ def test_overflow_wait_lets_callers_wait_at_the_door():
     assert [each.state for each in jobs[2:4]] == [State.WAITING] * 2, "they were accepted"
 
 
+def test_a_cancelled_waiter_gives_its_place_to_who_stands_at_the_door():
+    scheduler = make(1, Depth(1))
+    running, inside, left, next_in = [job() for _ in range(4)]
+    for each in (running, inside, left, next_in):
+        scheduler.submit(each, 0.0)
+    for each, found in [(left, (1, 1)), (inside, (1, 0)), (next_in, (0, 0))]:
+        assert scheduler.cancel(each, 1.0) == []
+        scheduler.check()
+        statistics = scheduler.statistics(1.0)
+        assert (statistics.waiting, statistics.at_door) == found
+
+
 def test_who_stands_at_the_door_is_not_overtaken_by_its_like():
     scheduler = make(4, Depth(1), Cap(1, by="model_name"))
     a = [job(model_name="a") for _ in range(3)]
@@ -242,6 +277,17 @@ def test_a_retried_attempt_is_never_refused():
     scheduler.submit(again := FrontJob(), 0.0)
     assert again.state is State.WAITING
     scheduler.check()
+
+
+def test_a_depth_that_is_set_later_takes_the_oldest_in_and_counts_no_retried_attempt():
+    scheduler = make(1)
+    running, old, low, retried, young = job(), job(), job(LOW), FrontJob(), job()
+    for each in (running, old, low, retried, young):
+        scheduler.submit(each, 0.0)
+    assert scheduler.reconfigure(Policy(1, (Depth(2),)), 1.0) == []
+    scheduler.check()
+    assert list(scheduler._at_door) == [young.sequence]
+    assert scheduler.statistics(1.0).waiting == 3
 
 
 def test_a_call_that_can_start_needs_no_place():

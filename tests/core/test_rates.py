@@ -169,6 +169,16 @@ def test_small_calls_that_keep_coming_do_not_pass_a_large_one_that_waits():
     assert now <= 0.86
 
 
+def test_a_large_call_that_is_cancelled_lets_a_small_one_go_at_once():
+    scheduler = make(Rate(600, of="tokens", burst=10))
+    scheduler.submit(job(10), 0.0)
+    large, small = job(10), job(2, priority=Priority.LOW)
+    scheduler.submit(large, 0.0)
+    scheduler.submit(small, 0.0)
+    assert scheduler.tick(0.3) == []
+    assert scheduler.cancel(large, 0.3) == [small]
+
+
 def test_a_better_class_goes_first_and_takes_what_is_there():
     scheduler = make(Rate(600, of="tokens", burst=10))
     scheduler.submit(job(10), 0.0)
@@ -213,6 +223,18 @@ def test_what_a_rest_saved_up_is_the_burst_and_no_more():
     for each in later:
         scheduler.submit(each, 1000.0)
     assert sum(each.state is State.RUNNING for each in later) == 3
+
+
+def test_what_is_given_back_to_a_full_bucket_is_lost():
+    scheduler = make(Rate(600, of="tokens", burst=50))
+    first, second, third = job(40), job(50), job(50)
+    scheduler.submit(first, 0.0)
+    first.used_tokens = 0
+    scheduler.finish(first, SUCCEEDED, 100.0)
+    scheduler.submit(second, 100.0)
+    scheduler.submit(third, 100.0)
+    assert (second.state, third.state) == (State.RUNNING, State.WAITING)
+    assert scheduler.deadline == pytest.approx(105.0)
 
 
 def test_a_clock_that_goes_back_makes_nobody_wait_longer():

@@ -9,6 +9,7 @@ from llmq.core import (
     Outcome,
     Policy,
     Priority,
+    Rate,
     Scheduler,
     State,
 )
@@ -145,6 +146,23 @@ def test_several_caps_all_count():
     assert [(each.meta.model_name, each.meta.service_id) for each in started] == [("b", "x")]
 
 
+def test_an_offer_is_passed_on_when_something_else_blocks_who_got_it():
+    scheduler = make(10, Cap(1, by="model_name"), Cap(1, by="agent"))
+    on_model, on_agent, blocked_twice, second = submit_all(
+        scheduler,
+        [
+            job(model_name="m", labels={"agent": "z"}),
+            job(model_name="n", labels={"agent": "x"}),
+            job(model_name="m", labels={"agent": "x"}),
+            job(model_name="m", labels={"agent": "y"}),
+        ],
+    )
+    assert scheduler.finish(on_model, Outcome.SUCCEEDED, 1.0) == [second]
+    scheduler.check()
+    assert list(scheduler.finish(on_agent, Outcome.SUCCEEDED, 2.0)) == [], "now it is the model that blocks"
+    assert scheduler.finish(second, Outcome.SUCCEEDED, 3.0) == [blocked_twice]
+
+
 def test_a_hold_keeps_its_model_back_until_its_time_and_no_other():
     scheduler = make(1)
     running, held, free = submit_all(
@@ -161,6 +179,15 @@ def test_a_hold_keeps_its_model_back_until_its_time_and_no_other():
     assert scheduler.tick(10.0) == [held]
     assert scheduler.statistics(10.0).held_keys == ()
     assert scheduler.deadline is None
+
+
+def test_a_shorter_hold_does_not_end_a_longer_one():
+    scheduler = make(1)
+    scheduler.hold("a", 10.0, 0.0)
+    scheduler.hold("a", 5.0, 1.0)
+    assert scheduler.statistics(6.0).held_keys == ("a",)
+    scheduler.submit(held := job(model_name="a"), 6.0)
+    assert (held.state, scheduler.deadline) == (State.WAITING, 10.0)
 
 
 def test_after_a_hold_all_that_it_kept_back_may_go():
@@ -225,6 +252,23 @@ def test_counts_of_idle_keys_are_forgotten_only_beyond_many_and_never_in_all(mon
     found = scheduler.statistics(0.0)
     assert found.ended[Outcome.SUCCEEDED] == 5000
     assert len(found.by_key["service_id"]) < 2000
+
+
+def test_what_still_matters_of_an_idle_key_is_not_forgotten(monkeypatch):
+    monkeypatch.setattr("llmq.core.scheduler._KEPT_IDLE", 2)
+    scheduler = make(100, Rate(60, by="model_name"))
+    scheduler.hold("held", 9.0, 0.0)
+    scheduler.submit(first := job(model_name="in debt"), 0.0)
+    scheduler.finish(first, Outcome.SUCCEEDED, 0.0)
+    for number in range(50):
+        each = job(model_name=str(number))
+        scheduler.submit(each, 0.1)
+        scheduler.finish(each, Outcome.SUCCEEDED, 0.1)
+    assert len(scheduler._lanes) < 10
+    held, second = submit_all(scheduler, [job(model_name="held"), job(model_name="in debt")], 0.5)
+    assert (held.state, second.state) == (State.WAITING, State.WAITING)
+    assert scheduler.tick(1.1) == [second]
+    assert scheduler.tick(9.0) == [held]
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -311,6 +355,19 @@ def test_reconfiguring_keeps_order_and_counts_what_runs_under_the_new_limits():
     started = scheduler.reconfigure(Policy(20), 2.0)
     assert [each.meta.stage for each in started] == ["7", "9", "4", "6", "8"]
     assert scheduler.statistics(2.0).by_class[LOW].ended[Outcome.SUCCEEDED] == 1
+
+
+def test_reconfiguring_keeps_holds_and_counts_who_runs_on_the_short_way():
+    scheduler = make(4)
+    scheduler.submit(running := Job(), 0.0)
+    scheduler.hold("a", 10.0, 1.0)
+    scheduler.reconfigure(Policy(4, (Cap(1),)), 2.0)
+    waiting, held = submit_all(scheduler, [job(model_name="b"), job(model_name="a")], 3.0)
+    assert (waiting.state, held.state) == (State.WAITING, State.WAITING)
+    assert scheduler.finish(running, Outcome.SUCCEEDED, 4.0) == [waiting]
+    assert list(scheduler.finish(waiting, Outcome.SUCCEEDED, 5.0)) == []
+    assert scheduler.deadline == 10.0
+    assert scheduler.tick(10.0) == [held]
 
 
 def test_metadata_may_change_after_arrival():
