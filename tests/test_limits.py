@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import math
 
 import anyio
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmq import Cap, Depth, FairShare, LLMQueue, LLMTaskMeta, Priority, Rate, Retry, report_tokens
+from llmq import Cap, Depth, FairShare, LLMQueue, LLMTaskMeta, Outcome, Priority, Rate, Retry, report_tokens
 from llmq.errors import (
     ProviderError,
     QueueCancelledError,
@@ -653,3 +654,55 @@ async def test_bad_arguments_are_refused():
         report_tokens(-1)
     with pytest.raises(ValueError, match="size must be at least 1"):
         LLMQueue(1).changes(0)
+
+
+@pytest.mark.parametrize("limits", [(), (Rate(6000),), (Cap(1, by="model_name"),)])
+@pytest.mark.parametrize("contended", [False, True])
+async def test_a_dropped_slot_comes_back_whatever_the_limits(limits, contended, caplog):
+    queue = LLMQueue(1, limits=limits)  # with telemetry: never the short way
+    if contended:
+        async with anyio.create_task_group() as group:
+
+            async def hold():
+                async with queue.slot():
+                    await anyio.sleep(1)
+
+            group.start_soon(hold)
+            await anyio.wait_all_tasks_blocked()
+            slot = await queue.slot(LLMTaskMeta(model_name="m")).__aenter__()
+    else:
+        slot = await queue.slot(LLMTaskMeta(model_name="m")).__aenter__()
+    assert queue.statistics().in_flight == 1
+    del slot
+    gc.collect()
+    assert_idle(queue)
+    assert "was never given back" in caplog.text
+
+
+async def test_a_newcomer_that_starts_by_pushing_out_others_is_not_woken():
+    queue, starts = make_queue(10, Rate(600, of="tokens", burst=100), max_queued=1, overflow="drop_oldest"), Starts()
+    dropped = []
+
+    async def submit(tokens):
+        try:
+            await queue.submit(starts, meta=LLMTaskMeta(tokens=tokens))
+        except QueueDroppedError:
+            dropped.append(tokens)
+
+    async with anyio.create_task_group() as group:
+        for tokens in (100, 90):
+            group.start_soon(submit, tokens)
+            await anyio.wait_all_tasks_blocked()
+        await anyio.sleep(1)
+        group.start_soon(submit, 2)
+    assert (dropped, len(starts.times)) == ([90], 2)
+    assert_idle(queue)
+
+
+async def test_a_slots_metadata_is_in_its_record_and_its_class():
+    queue = make_queue(3)
+    for _ in range(3):
+        async with queue.slot(LLMTaskMeta("draft", "m", priority=Priority.LOW)):
+            pass
+    assert {(r.stage, r.model_name) for r in queue.records().operations} == {("draft", "m")}
+    assert queue.statistics().by_class[Priority.LOW].ended[Outcome.SUCCEEDED] == 3

@@ -1,6 +1,7 @@
 """Classes, ageing, fair share and depth."""
 
 import itertools
+import random
 from collections import Counter
 
 import pytest
@@ -309,3 +310,65 @@ def test_a_call_that_can_start_needs_no_place():
 def test_what_is_no_share_is_refused(make_share, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make_share()
+
+
+def test_a_class_goes_on_ageing_though_better_ranks_come_to_its_head():
+    scheduler, now = make(1, ageing_seconds=60), 0.0
+    running = job(HIGH)
+    scheduler.submit(running, now)
+    low = [job(LOW, rank=100)]
+    scheduler.submit(low[0], now)
+    while now < 1000:
+        now += 1.0
+        if now % 50 == 0:
+            low.append(job(LOW, rank=100 - len(low)))
+            scheduler.submit(low[-1], now)
+        scheduler.submit(job(HIGH), now)
+        (running,) = scheduler.finish(running, SUCCEEDED, now)
+    assert sum(each.state is State.ENDED for each in low) >= len(low) - 2
+
+
+def test_two_rates_by_different_keys_and_ageing_do_not_pass_a_lane_to_and_fro():
+    limits = (
+        Rate(600, per="second", of="tokens", by="model_name", burst=300),
+        Rate(100, per="second", of="tokens", by="service_id", burst=300),
+    )
+    for seed in range(150):
+        rng, now = random.Random(seed), 0.0
+        scheduler = make(1000, *limits, ageing_seconds=1.0)
+        for _ in range(120):
+            tokens, priority = rng.choice([1, 5, 60, 300]), rng.choice([HIGH, NORMAL, LOW])
+            each = job(priority, tokens=tokens, model_name=rng.choice("ab"), service_id=rng.choice("xy"))
+            scheduler.submit(each, now)
+            if rng.random() < 0.4:
+                now += rng.choice([0.01, 0.3, 1.5])
+                scheduler.tick(now)
+        scheduler.check()
+
+
+def test_what_was_settled_counts_in_the_share_both_ways():
+    scheduler = make(1, fair_share=FairShare("service_id", of="tokens"))
+    jobs = [job(service_id=name, tokens=1000 if name == "a" else 100) for name in "ab" for _ in range(1000)]
+    count = Counter(each.meta.service_id for each in served(scheduler, jobs, 800, lambda each: 100))
+    assert count["a"] / count["b"] == pytest.approx(1, rel=0.05)
+
+
+def test_one_newcomer_pushes_out_one_where_that_makes_room_in_both_bounds():
+    scheduler = make(1, Depth(4), Depth(2, by="service_id"), overflow="drop_oldest")
+    scheduler.submit(job(), 0.0)
+    others = [job(service_id=name) for name in "bbxx"]
+    for each in others:
+        scheduler.submit(each, 0.0)
+    assert scheduler.submit(job(service_id="x"), 1.0) == [others[2]]
+    assert scheduler.statistics(1.0).waiting == 4
+    scheduler.check()
+
+
+def test_what_is_gone_from_a_shut_door_does_not_pile_up():
+    scheduler = make(1, Depth(0))
+    scheduler.submit(job(), 0.0)
+    for _ in range(2000):
+        each = job()
+        scheduler.submit(each, 0.0)
+        scheduler.cancel(each, 0.0)
+    assert sum(len(places.door) for places in scheduler._registry.places.values()) < 100

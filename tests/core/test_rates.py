@@ -283,3 +283,37 @@ def test_a_rate_that_is_changed_keeps_its_debt():
 def test_what_is_no_limit_is_refused_with_the_value(make_limit, message):
     with pytest.raises((ValueError, TypeError), match=message.replace("(", r"\(").replace("?", r"\?")):
         make_limit()
+
+
+def test_two_changes_in_a_row_forget_no_debt():
+    scheduler = make(Rate(1, per="day", by="model_name", burst=5))
+    for _ in range(5):
+        scheduler.submit(job(model="m"), 0.0)
+    for _ in range(2):
+        scheduler.reconfigure(scheduler.policy, 1.0)
+    scheduler.submit(last := job(model="m"), 2.0)
+    assert last.state is State.WAITING
+
+
+def test_a_rate_that_came_later_is_paid_nothing_by_who_ran_already():
+    scheduler = make(Cap(50))
+    running = job(1000)
+    scheduler.submit(running, 0.0)
+    scheduler.reconfigure(Policy(1000, (Rate(60, of="tokens", burst=1000),)), 0.0)
+    scheduler.submit(job(1000), 0.0)
+    running.used_tokens = 0
+    scheduler.finish(running, SUCCEEDED, 0.0)
+    scheduler.submit(late := job(1000), 0.0)
+    assert late.state is State.WAITING
+
+
+def test_a_change_that_cannot_be_changes_nothing():
+    scheduler = make(limit=1)
+    first, second = job(), Job(LLMTaskMeta(labels={"tags": ["a list"]}))
+    scheduler.submit(first, 0.0)
+    scheduler.submit(second, 0.0)
+    with pytest.raises(TypeError, match="unhashable"):
+        scheduler.reconfigure(Policy(5, (Cap(1, by="tags"),)), 1.0)
+    scheduler.check()
+    assert scheduler.limit == 1
+    assert scheduler.finish(first, SUCCEEDED, 2.0) == [second]

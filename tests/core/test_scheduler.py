@@ -255,16 +255,16 @@ def test_counts_of_idle_keys_are_forgotten_only_beyond_many_and_never_in_all(mon
 
 
 def test_what_still_matters_of_an_idle_key_is_not_forgotten(monkeypatch):
-    monkeypatch.setattr("llmq.core.scheduler._KEPT_IDLE", 2)
-    scheduler = make(100, Rate(60, by="model_name"))
+    monkeypatch.setattr("llmq.core.registry._KEPT_IDLE", 2)
+    scheduler = make(100, Rate(1e6, by="model_name", overrides={"in debt": 60}))
     scheduler.hold("held", 9.0, 0.0)
     scheduler.submit(first := job(model_name="in debt"), 0.0)
     scheduler.finish(first, Outcome.SUCCEEDED, 0.0)
     for number in range(50):
         each = job(model_name=str(number))
-        scheduler.submit(each, 0.1)
-        scheduler.finish(each, Outcome.SUCCEEDED, 0.1)
-    assert len(scheduler._lanes) < 10
+        scheduler.submit(each, number / 100)
+        scheduler.finish(each, Outcome.SUCCEEDED, number / 100)
+    assert len(scheduler._registry.lanes) < 10
     held, second = submit_all(scheduler, [job(model_name="held"), job(model_name="in debt")], 0.5)
     assert (held.state, second.state) == (State.WAITING, State.WAITING)
     assert scheduler.tick(1.1) == [second]
