@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import gc
+import random
 import runpy
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import anyio
 import pytest
 import trio
 
-from llmq import LLMQueue, LLMTaskMeta, Rate, Retry
+from llmq import LLMQueue, LLMTaskMeta, Outcome, Rate, Retry
 from llmq.errors import ProviderError, QueueTimeout
 
 PATIENCE = 30
@@ -494,3 +496,57 @@ def test_a_collected_slot_is_reported_with_the_place_where_it_was_taken(caplog):
 def test_20000_calls_with_random_cancellation_add_up(capsys):
     soak = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "soak.py"))
     assert soak["main"](20_000) == 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def _impatient_threads():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_impatient_threads")
+@pytest.mark.parametrize("cap", [1, 3])
+def test_slots_of_four_loops_add_up_while_the_queue_is_resized_and_paused(cap):
+    queue, gauge, done = LLMQueue(cap, telemetry=None), Gauge(), threading.Event()
+
+    def in_loop(seed):
+        draw = random.Random(seed)
+
+        async def worker():
+            for _ in range(100):
+                number = draw.random()
+                async with queue.slot(LLMTaskMeta(model_name="m") if number < 0.1 else None):
+                    with gauge:
+                        if number < 0.3:
+                            await asyncio.sleep(0)
+                if number < 0.5:
+                    await asyncio.sleep(0)
+
+        async def main():
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(*[worker() for _ in range(4)])
+
+        asyncio.run(main())
+
+    def control():
+        while not done.is_set():
+            queue.resize(max(1, cap // 2))
+            queue.pause()
+            queue.resume()
+            queue.resize(cap)
+            queue.statistics()
+
+    with ThreadPoolExecutor(5) as pool:
+        controlling = pool.submit(control)
+        try:
+            for future in [pool.submit(in_loop, seed) for seed in range(4)]:
+                future.result(PATIENCE)
+        finally:
+            done.set()
+        controlling.result(PATIENCE)
+    assert gauge.peak <= cap
+    assert gauge.total == 1600 == queue.statistics().ended[Outcome.SUCCEEDED]
+    assert_idle(queue)
