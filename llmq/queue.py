@@ -507,14 +507,10 @@ class LLMQueue:
         while self._inbox and self._lock.acquire(blocking=False):
             try:
                 woken = self._empty_inbox()
-            finally:
-                self._lock.release()
-            self._wake(woken)
-        if (self._drainers or self._scheduler.alarms) and self._lock.acquire(blocking=False):
-            try:
                 drained, late = self._drained(), self._too_late_alarms()
             finally:
                 self._lock.release()
+            self._wake(woken)
             self._tell_time(drained, late)
 
     def _after(self, woken: Sequence[Job] = ()) -> None:
