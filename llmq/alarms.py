@@ -102,6 +102,12 @@ class TrioAlarm:
 
     def is_gone(self) -> bool:
         """Whether its run has ended."""
+        import trio
+
+        try:
+            self._token.run_sync_soon(_nothing, idempotent=True)
+        except trio.RunFinishedError:
+            self._ended = True
         return self._ended
 
     def start(self) -> None:
@@ -124,7 +130,10 @@ class TrioAlarm:
             self._scope.cancel()
         if self.at < math.inf:
             self._scope = trio.CancelScope()
-            trio.lowlevel.spawn_system_task(self._sleep, self._scope, self.at)
+            try:
+                trio.lowlevel.spawn_system_task(self._sleep, self._scope, self.at)
+            except RuntimeError:  # the run is about to end, and takes no more tasks
+                self._ended = True
 
     async def _sleep(self, scope: CancelScope, at: float) -> None:
         import trio
@@ -135,6 +144,10 @@ class TrioAlarm:
             if self._scope is scope:
                 self._scope = None
             self._ring(self, at)
+
+
+def _nothing() -> None:
+    """To see whether a run still takes something."""
 
 
 class ThreadAlarm:

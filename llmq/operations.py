@@ -83,17 +83,23 @@ class Slot(Try):
         if not queue._quick or self.meta is not NO_META:
             await self._have_operation().enter(self)
             return self
+        scheduler = queue._scheduler
         try:
-            self.lease = [queue._scheduler.passes.pop()]
-        except IndexError:  # no coroutine of its own for what follows: 10,000 may be waiting in it
-            woken, waiter = self._ask(queue)
+            held = scheduler.passes.pop()
+        except IndexError:
+            pass
         else:
-            self.started_at = waiters.now()
-            self.state = _RUNNING
-            return self
+            if not scheduler.closed and not scheduler.waiting:
+                self.lease = [held]
+                self.started_at = waiters.now()
+                self.state = _RUNNING
+                return self
+            scheduler.passes.append(held)  # it came back from another thread, and is wanted elsewhere
+            queue._recall()
+        woken, waiter = self._ask(queue)  # no coroutine of its own for what follows: 10,000 may be waiting in it
         in_time = True
         try:
-            if woken or queue._inbox or queue._mixed:
+            if woken or queue._inbox or queue._mixed or not queue._quick:
                 queue._after(woken)
             if waiter is not None:
                 in_time = await (waiter if queue.queue_timeout is None else waiter.wait(queue.queue_timeout))
@@ -109,13 +115,13 @@ class Slot(Try):
     def _ask(self, queue: LLMQueue) -> tuple[Sequence[Job], AsyncWaiter | None]:
         """Submit the slot itself. A waiter: it must wait there."""
         with queue._lock:
-            asked = queue._submit(self, waiters.now(), new_waiter)
+            woken, waiter, failure = queue._submit(self, waiters.now(), new_waiter)
             if self.state is _RUNNING:
                 queue._scheduler.lend()  # for those who come next
-        if asked.failure is None:
-            return asked.woken, asked.waiter
-        queue._after(asked.woken)
-        raise asked.failure
+        if failure is None:
+            return woken, waiter
+        queue._after(woken)
+        raise failure
 
     async def __aexit__(
         self,
@@ -155,8 +161,10 @@ class Slot(Try):
             queue._lock.release()
         if woken is not None:
             queue._records.ended.append((self.sequence, self.submitted_at, self.started_at or now, now))
-        if woken or queue._inbox:
-            queue._after(woken or ())
+        if woken:
+            queue._wake(woken)
+        if queue._inbox or queue._mixed or not queue._quick:
+            queue._after()
 
     def release(self, error: BaseException | None = None) -> None:
         """End the lease. `error` says why, if it was one. Once; further calls do nothing."""

@@ -26,7 +26,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from llmq import waiters
 from llmq.alarms import Alarm, new_alarm
@@ -74,15 +74,7 @@ _GIVE_UP = (None, Verdict(Kind.CALLER))
 _ROUNDING_SECONDS = 1e-6
 _default_telemetry = Telemetry()
 _new_slot = object.__new__
-_NEW = State.NEW
-
-
-class _Asked(NamedTuple, Generic[W]):
-    """What came of handing a job in: whom to wake, where to wait, or why that cannot be."""
-
-    woken: Sequence[Job]
-    waiter: W | None
-    failure: BaseException | None
+_NEW, _WAITING = State.NEW, State.WAITING
 
 
 class _Return(NamedTuple):
@@ -119,6 +111,7 @@ class LLMQueue:
         "_classify",
         "_drainers",
         "_inbox",
+        "_last_home",
         "_leaked",
         "_lock",
         "_loops",
@@ -168,6 +161,7 @@ class LLMQueue:
         self._drainers: list[Waiter] = []
         self._watchers: list[Changes] = []
         self._alarms: dict[int, Alarm] = {}
+        self._last_home: object = self  # nobody's
         self._loops: set[weakref.ref[AbstractEventLoop]] = set()
         self._mixed = False  # callers of more than one loop, or of none: a dead loop may be found by others
         self._quick = False
@@ -434,33 +428,38 @@ class LLMQueue:
     ) -> tuple[Sequence[Job], W | None]:
         """Submit an operation's next attempt. A waiter: it must wait there."""
         with self._lock:
-            asked = self._submit(job, now, make_waiter)
+            woken, waiter, failure = self._submit(job, now, make_waiter)
             self._backing_off.discard(operation)
             if not isinstance(job, Slot):  # which must not be kept from collection
                 self._open.add(operation)
             if operation.loop is not None and operation.loop not in self._loops:
                 self._note_loop(operation.loop)
-        if asked.failure is not None:
-            self._after(asked.woken)
-            raise asked.failure
+        if failure is not None:
+            self._after(woken)
+            raise failure
         at_once: ChangeKind = "started" if job.state is State.RUNNING else "dropped"
-        self._publish(at_once if asked.waiter is None else "waiting", job)
-        return asked.woken, asked.waiter
+        self._publish(at_once if waiter is None else "waiting", job)
+        return woken, waiter
 
-    def _submit(self, job: Job, now: float, make_waiter: Callable[[], W]) -> _Asked[W]:
-        """Under the lock: hand a job in, and park its caller if it must wait."""
+    def _submit(
+        self, job: Job, now: float, make_waiter: Callable[[], W]
+    ) -> tuple[Sequence[Job], W | None, BaseException | None]:
+        """Under the lock: hand a job in. Whom to wake; where its caller must wait, if so; why that cannot be."""
         woken = self._scheduler.submit(job, now)
-        if job.state is not State.WAITING:
-            return _Asked(woken, None, None)
+        if job.state is not _WAITING:
+            return woken, None, None
         try:
-            return _Asked(woken, self._park(job, make_waiter), None)
+            return woken, self._park(job, make_waiter), None
         except BaseException as error:
-            return _Asked([*woken, *self._scheduler.cancel(job, now)], None, error)
+            return [*woken, *self._scheduler.cancel(job, now)], None, error
 
     def _park(self, job: Job, make_waiter: Callable[[], W]) -> W:
         """A place for the caller of a waiting job, and a timer where it waits."""
         job.waiter = waiter = make_waiter()
         home = waiter.home
+        if home is self._last_home and self._alarms:
+            return waiter
+        self._last_home = home
         alarm = self._alarms.get(id(home))
         if alarm is None or not alarm.is_in(home):
             self._alarms = {key: each for key, each in self._alarms.items() if not each.is_gone()}

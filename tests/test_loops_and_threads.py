@@ -1,6 +1,7 @@
 """One queue over several event loops, repeated runs, trio and threads. Real time, generous bounds."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import random
@@ -15,7 +16,8 @@ import anyio
 import pytest
 import trio
 
-from llmq import LLMQueue, LLMTaskMeta, Outcome, Rate, Retry
+from llmq import Cap, LLMQueue, LLMTaskMeta, Outcome, Rate, Retry
+from llmq.core import Scheduler
 from llmq.errors import ProviderError, QueueTimeout
 
 PATIENCE = 30
@@ -549,4 +551,79 @@ def test_slots_of_four_loops_add_up_while_the_queue_is_resized_and_paused(cap):
         controlling.result(PATIENCE)
     assert gauge.peak <= cap
     assert gauge.total == 1600 == queue.statistics().ended[Outcome.SUCCEEDED]
+    assert_idle(queue)
+
+
+def test_a_pass_that_comes_back_in_the_middle_of_a_change_is_counted_once(monkeypatch):
+    queue, taken = LLMQueue(4, telemetry=None), []
+
+    async def main():
+        first, second = queue.slot(), queue.slot()
+        await first.__aenter__()  # lends the rest out
+        await second.__aenter__()
+        await first.__aexit__(None, None, None)
+        token_rates = Scheduler._token_rates
+
+        def another_thread_ends_it(policy):
+            if second.lease:
+                with contextlib.suppress(StopIteration):
+                    second.__aexit__(None, None, None).send(None)
+            return token_rates(policy)
+
+        monkeypatch.setattr(Scheduler, "_token_rates", staticmethod(another_thread_ends_it))
+        queue.reconfigure(limits=[Cap(1)])
+        async with queue.slot():
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05), queue.slot():
+                    taken.append("a second seat")
+
+    asyncio.run(main())
+    assert taken == []
+    assert_idle(queue)
+
+
+def test_runs_that_have_ended_leave_no_alarm():
+    queue = LLMQueue(1, telemetry=None)
+
+    async def two():
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(queue.submit, anyio.lowlevel.checkpoint)
+
+    for _ in range(20):
+        trio.run(two)
+        asyncio.run(two())
+    assert len(queue._alarms) <= 2
+    assert_idle(queue)
+
+
+def test_a_trio_run_that_ends_takes_no_alarm_and_no_harm():
+    queue, go = LLMQueue(1, limits=[Rate(5, per="second")], telemetry=None), threading.Event()
+
+    def elsewhere():
+        go.wait(PATIENCE)
+        for _ in range(2):
+            queue.submit_sync(str)
+
+    async def generate():
+        try:
+            yield 1
+        finally:
+            go.set()
+            while not queue.statistics().waiting:
+                time.sleep(0.001)
+            for _ in range(5):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def main():
+        for _ in range(2):
+            await queue.submit(trio.lowlevel.checkpoint)
+        kept.append(generate())
+        await anext(kept[0])
+
+    kept = []
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(elsewhere)
+        trio.run(main)
+        thread.result(PATIENCE)
     assert_idle(queue)

@@ -222,7 +222,7 @@ class Scheduler:
         claims = [_again(registry, job.claim, now) for job in waiting]
         for lane in old.lanes.values():
             self._census.remember(lane, old.keys)
-        plain = self.in_flight - len(self._claims)
+        plain = self.limit - self._free - len(self._claims)  # with every pass that is out: each is taken back once
         self._free += policy.max_concurrency - self.limit
         self._adopt(policy, registry)
         for model_name, gate in old.gates.items():
