@@ -214,7 +214,7 @@ class LLMQueue:
             except BaseException as error:
                 failed += 1
                 delay, verdict = self._decide(error, retry, failed)
-                self._hold_back(operation, verdict)  # first, so that the slot does not go to the next of this model
+                self._hold_back(operation, verdict, delay)  # first, so that the slot goes to no other of this model
                 operation.leave(error, verdict, closing=delay is None)
                 if delay is None:
                     raise
@@ -549,11 +549,12 @@ class LLMQueue:
         except Exception:
             return _GIVE_UP
 
-    def _hold_back(self, operation: Operation, verdict: Verdict) -> None:
-        """Keep the model's waiters back, if the provider said for how long."""
-        seconds = verdict.retry_after_seconds
-        if not verdict.refused or seconds is None:
+    def _hold_back(self, operation: Operation, verdict: Verdict, delay_seconds: float | None = None) -> None:
+        """Keep the model's waiters back, if the provider said for how long: until the refused call comes back itself,
+        jitter included, or as long as was said if it does not."""
+        if not verdict.refused or verdict.retry_after_seconds is None:
             return
+        seconds = verdict.retry_after_seconds if delay_seconds is None else delay_seconds
         with self._changing() as (scheduler, woken):
             now = waiters.now()
             woken += scheduler.hold(scheduler.model_of(operation.job), now + seconds, now)

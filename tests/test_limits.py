@@ -20,6 +20,7 @@ from llmq.errors import (
     QueueFullError,
     QueueTimeout,
 )
+from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider
 from llmq.virtual import VirtualLoop
 
 pytestmark = pytest.mark.anyio
@@ -706,3 +707,20 @@ async def test_a_slots_metadata_is_in_its_record_and_its_class():
             pass
     assert {(r.stage, r.model_name) for r in queue.records().operations} == {("draft", "m")}
     assert queue.statistics().by_class[Priority.LOW].ended[Outcome.SUCCEEDED] == 3
+
+
+async def test_after_a_hold_no_storm_follows():
+    """Above the provider's rate, with no rate stated: Retry-After alone must keep the share of refusals low."""
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=0.2, requests_per_minute=4800, bucket_seconds=2))
+    queue = make_queue(18)
+
+    def ask(number):
+        return provider.complete(ChatRequest("m", [{"role": "user", "content": str(number)}]))
+
+    async with queue.map(ask, range(2500), retry=Retry(6)) as outcomes:
+        failed = [outcome async for outcome in outcomes if outcome.error is not None]
+    stats = provider.stats()
+    assert stats["refused"] > 0
+    assert stats["refused"] / stats["requests"] < 0.25
+    assert len(failed) < 25
+    assert_idle(queue)
