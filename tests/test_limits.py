@@ -717,10 +717,10 @@ async def test_after_a_hold_no_storm_follows():
     def ask(number):
         return provider.complete(ChatRequest("m", [{"role": "user", "content": str(number)}]))
 
-    async with queue.map(ask, range(2500), retry=Retry(6)) as outcomes:
+    async with queue.map(ask, range(4000), retry=Retry(6)) as outcomes:
         failed = [outcome async for outcome in outcomes if outcome.error is not None]
     stats = provider.stats()
     assert stats["refused"] > 0
-    assert stats["refused"] / stats["requests"] < 0.25
-    assert len(failed) < 25
+    assert stats["refused"] / stats["requests"] < 0.2
+    assert not failed
     assert_idle(queue)
