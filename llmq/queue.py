@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -376,7 +377,9 @@ class LLMQueue:
         self._bury_orphans()
         self._after()
         with self._locked() as scheduler:
-            return scheduler.statistics(waiters.now())
+            found = scheduler.statistics(waiters.now())
+        time.sleep(0)  # locks are not fair: whoever reads without a pause lets those who call have theirs
+        return found
 
     def explain(self, request: str | Slot | None = None) -> str:
         """Why a call waits, in words: by its `request_id`, by its slot, or of the one that waits longest.

@@ -573,7 +573,7 @@ LIMITS = st.sampled_from(
 )
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     limit=st.integers(1, 3),
     limits=LIMITS,

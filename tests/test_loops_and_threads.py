@@ -282,7 +282,7 @@ def test_reading_statistics_from_another_thread_loses_no_wake_up():
     queue, stop = LLMQueue(2, telemetry=None), threading.Event()
 
     def dashboard():
-        while not stop.wait(0.0002):  # without a pause it would hold the lock nearly all the time
+        while not stop.is_set():
             queue.statistics()
 
     async def main():

@@ -326,6 +326,6 @@ class MixedMachine(RuleBasedStateMachine):
 
 
 TestExactMachine = ExactMachine.TestCase
-TestExactMachine.settings = settings(max_examples=70, stateful_step_count=50, phases=[Phase.reuse, Phase.generate])
+TestExactMachine.settings = settings(max_examples=150, stateful_step_count=50, phases=[Phase.reuse, Phase.generate])
 TestMixedMachine = MixedMachine.TestCase
-TestMixedMachine.settings = settings(max_examples=100, stateful_step_count=50, phases=[Phase.reuse, Phase.generate])
+TestMixedMachine.settings = settings(max_examples=200, stateful_step_count=50, phases=[Phase.reuse, Phase.generate])

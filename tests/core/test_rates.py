@@ -37,8 +37,7 @@ def starts(scheduler, jobs, until=1e9, seconds=0.0, used=None):
             each.used_tokens = used
             running += scheduler.finish(each, SUCCEEDED, now)
         running += scheduler.tick(now)
-        if len(found) % 20 == 0:
-            scheduler.check()
+        scheduler.check()
 
 
 def most_in_a_window(times, seconds):
