@@ -172,6 +172,15 @@ def test_a_clean_level_above_the_rate_that_refused_levels_show_is_not_sustained(
     assert recommend([point(8, 40.0), point(9, 120.0), busy], BOUNDS).level == 8, "but for want of others"
 
 
+@pytest.mark.parametrize("cause", ["client", "pipeline"])
+def test_a_rate_that_others_found_binds_also_where_the_next_level_says_nothing(cause):
+    refused = point(16, 80.0, refused=400, admitted=800, admitted_seconds=10.0)
+    beyond = [point(7, 70.0), point(9, 72.0, limited_by=cause), refused]
+    assert recommend(beyond, BOUNDS).binds == "requests", "9 would need 90 calls/s"
+    below = [point(7, 40.0), point(9, 41.0, limited_by=cause), refused]
+    assert recommend(below, BOUNDS).binds == cause, "9 would need 51, and 80 are let in"
+
+
 def test_what_was_measured_on_a_burst_is_not_judged():
     points = [point(16, 80.0, purpose="burst"), point(4, 4.0), point(8, 4.0, refused=500)]
     assert recommend(points, BOUNDS).level == 4

@@ -214,8 +214,12 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds, rate: flo
         )
     following = above[0]
     refused = next((p for p in above if p.share_429 > bounds.max_429_ratio), None)
-    if following.over_rate > bounds.max_429_ratio or (refused is not None and refused is following):
-        kind = next((p.refused_by for p in above if p.refused_by), "unknown")
+    kind = next((p.refused_by for p in above if p.refused_by), "unknown")
+    if (
+        following.over_rate > bounds.max_429_ratio
+        or (refused is not None and refused is following)
+        or (refused is not None and _is_beyond(chosen, following, kind, rate))
+    ):
         why = f"The provider's limit on {_in_words(kind)} binds"
         if rate is not None and kind in RATES:
             why += f", at {rate:.3g} calls/s"
@@ -245,9 +249,15 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds, rate: flo
         text = f"At {following.level} it brings {gain}, too little to tell from chance."
     if refused is None:
         return "server", text
-    kind = refused.refused_by or "unknown"
     text += f" Higher up the provider's limit on {_in_words(kind)} shows: {_refused_at(refused)}."
     return ("server" if slower > SATURATED else kind), text
+
+
+def _is_beyond(chosen: Point, following: Point, kind: str, rate: float | None) -> bool:
+    """Whether a level that says nothing itself would, in proportion, need more than the rate that others found."""
+    if following.limited_by is None or kind not in RATES or rate is None:
+        return False
+    return chosen.goodput * following.level / chosen.level > rate
 
 
 def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
