@@ -21,7 +21,12 @@ queue_full: refused at the door; dropped: turned away while it waited, or by a d
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt. `started_at` is None where it never got a slot."""
+    """One attempt: one request to a provider where those are `seen` (`llmq.wrap`), else one call in a slot.
+
+    `started_at` is None where it never got a slot. `resent`: a client's own retry, in the slot of the request before;
+    it did not wait. Tokens are what the provider said it used. `first_chunk_seconds`: from sending to the first piece
+    of a streamed answer.
+    """
 
     operation_id: int
     attempt: int
@@ -37,6 +42,11 @@ class AttemptRecord:
     limit_type: str | None = None
     retry_after_seconds: float | None = None
     error_type: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    first_chunk_seconds: float | None = None
+    seen: bool = False
+    resent: bool = False
 
     @property
     def wait_seconds(self) -> float:
