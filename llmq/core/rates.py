@@ -130,9 +130,9 @@ class Bucket(Resource):
         """Go on from now."""
         self.at = min(self.at, now)
 
-    def carry_over(self, old: Bucket) -> None:
-        """Start from the level of the bucket that this one replaces."""
-        self.at = old.at
+    def carry_over(self, old: Bucket, now: float) -> None:
+        """Start from the level of the bucket that this one replaces; the clock may have gone back since."""
+        self.at = old._since(now)
         self.level = min(old.level, self.burst)
         self.typical = old.typical
 

@@ -57,7 +57,7 @@ class Registry:
             if len(self.lanes) >= self._most_lanes:
                 self._forget_idle(now)
             by_name = dict(zip(self.keys, values, strict=True))
-            resources, flow = tuple(self._resources_of(by_name)), self._flow(key[0], by_name)
+            resources, flow = tuple(self._resources_of(by_name, now)), self._flow(key[0], by_name)
             lane = self.lanes[key] = Lane(key[0], values, resources, flow)
         return lane
 
@@ -96,7 +96,7 @@ class Registry:
         """Those of the rates."""
         return {key: found for key, found in self.resources.items() if isinstance(found, Bucket)}
 
-    def _resources_of(self, by_name: dict[str, str | None]) -> Iterator[Resource]:
+    def _resources_of(self, by_name: dict[str, str | None], now: float) -> Iterator[Resource]:
         yield self.gate(by_name["model_name"])
         for limit in self.policy.limits:
             if not isinstance(limit, Depth):
@@ -106,7 +106,7 @@ class Registry:
                     found = self.resources[key] = limit.resource(key[1], self.line())
                     old = self._carried_over.pop(key, None)
                     if old is not None and isinstance(found, Bucket):
-                        found.carry_over(old)
+                        found.carry_over(old, now)
                 yield found
 
     def _flow(self, priority: int, by_name: dict[str, str | None]) -> Flow | None:

@@ -317,3 +317,21 @@ def test_a_change_that_cannot_be_changes_nothing():
     scheduler.check()
     assert scheduler.limit == 1
     assert scheduler.finish(first, SUCCEEDED, 2.0) == [second]
+
+
+def test_a_rate_that_comes_back_after_the_clock_went_back_still_refills():
+    rate = Rate(60, by="model_name")  # one a second
+    scheduler = Scheduler(Policy(9, (rate,)))
+    meta = LLMTaskMeta(model_name="m")
+    for _ in range(3):
+        scheduler.submit(Job(meta), 5000.0)
+    scheduler.tick(5001.0)
+    scheduler.reconfigure(Policy(9, (Cap(9),)), 5001.0)
+    scheduler.tick(1000.0)
+    scheduler.reconfigure(Policy(9, (rate,)), 1000.0)
+    late = Job(meta)
+    scheduler.submit(late, 1000.0)
+    for _ in range(3):
+        if late.state is State.WAITING:
+            scheduler.tick(scheduler.deadline)
+    assert late.state is State.RUNNING
