@@ -10,28 +10,37 @@ EXTRAS := all,test,bench
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
 DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
-.PHONY: tune test mutants bench bench-readme soak pace notebooks lint clean
+.PHONY: tune test coverage receivers mutants bench bench-readme soak pace notebooks lint clean
 .DEFAULT_GOAL := tune
 
 tune: $(READY)
 	@rm -rf $(OUT)
 	$(BIN)/llmq tune --out $(OUT) $(DEMO)
 
-test: $(READY)
+test: $(READY) receivers
+	$(BIN)/python -m pytest
+
+coverage: $(READY) receivers
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
+
+# The Prometheus server that tests/test_receivers.py needs; says so where it cannot be had.
+receivers:
+	@sh tests/receivers.sh
 
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/telemetry_cost.py
 	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,mean,rounds
 
 bench-readme: $(READY)
 	$(BIN)/python benchmarks/table.py --write
+	$(BIN)/python benchmarks/telemetry_cost.py --write
 
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py

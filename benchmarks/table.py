@@ -3,8 +3,7 @@
     python benchmarks/table.py            prints it
     python benchmarks/table.py --write    also puts it into the README
 
-Every comparison is of the best of interleaved rounds in this one process, so that a busy machine slows all alike. A
-bound that is not met is said to be missed; the exit code does not depend on it, since speed is no test.
+A bound that is not met is said to be missed; the exit code does not depend on it, since speed is no test.
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import platform
-import re
 import resource
 import sys
 import time
 import tracemalloc
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiolimiter
 import aiometer
 import anyio
+from measure import ROUNDS, WAITERS, Line, at_once, awaited, best_of, in_turn, machine, nothing, put_into
 from pydantic_ai.concurrency import ConcurrencyLimiter
 
 import llmq
@@ -33,70 +30,7 @@ from llmq import Cap, LLMQueue, LLMTaskMeta, Outcome, Policy, Priority, Rate, Ru
 from llmq.core import Job, Scheduler, State
 
 README = Path(__file__).parent.parent / "README.md"
-MARKS = "<!-- make bench: begin -->", "<!-- make bench: end -->"
-SLOTS, WAITERS = 64, 10_000
-ROUNDS = 7
-
-Scenario = Callable[[], Awaitable[None]]
-
-
-@dataclass
-class Line:
-    """One bound, what was found, and whether it holds."""
-
-    what: str
-    found: str
-    bound: str
-    holds: bool
-
-    def __str__(self) -> str:
-        return f"| {self.what} | {self.found} | {self.bound} | {'yes' if self.holds else '**missed**'} |"
-
-
-async def nothing(_: object = None) -> None:
-    """A call that does nothing."""
-
-
-async def best_of(scenarios: dict[str, Scenario], calls: int) -> dict[str, float]:
-    """Microseconds a call, the best of interleaved rounds."""
-    found = dict.fromkeys(scenarios, float("inf"))
-    for _ in range(ROUNDS):
-        for name, scenario in scenarios.items():
-            gc.collect()
-            began = time.perf_counter()
-            await scenario()
-            found[name] = min(found[name], (time.perf_counter() - began) / calls * 1e6)
-    return found
-
-
-def in_turn(enter: Callable[[], contextlib.AbstractAsyncContextManager[object]], calls: int) -> Scenario:
-    """One task takes and gives back."""
-
-    async def run() -> None:
-        for _ in range(calls):
-            async with enter():
-                pass
-
-    return run
-
-
-def awaited(call: Callable[[], Awaitable[object]], calls: int) -> Scenario:
-    """One task awaits."""
-
-    async def run() -> None:
-        for _ in range(calls):
-            await call()
-
-    return run
-
-
-def at_once(call: Callable[[], Awaitable[object]]) -> Scenario:
-    """A task for each of 10,000 calls."""
-
-    async def run() -> None:
-        await asyncio.gather(*[call() for _ in range(WAITERS)])
-
-    return run
+SLOTS = 64
 
 
 def holding(enter: Callable[[], contextlib.AbstractAsyncContextManager[object]]) -> Callable[[], Awaitable[None]]:
@@ -386,10 +320,15 @@ async def measure() -> str:
             min(core, core_deep) >= 0.3e6,
         ),
     ]
-    machine = f"{platform.machine()}, Python {platform.python_version()}, best of {ROUNDS} interleaved rounds"
     table = ["| what | found | bound | holds |", "|---|---|---|---|", *map(str, lines)]
     return "\n".join(
-        [f"`make bench` on a virtual machine with 2 cores, {machine}:", "", *table, "", *peers_table(single, many)]
+        [
+            f"`make bench` on {machine()}, best of {ROUNDS} interleaved rounds:",
+            "",
+            *table,
+            "",
+            *peers_table(single, many),
+        ]
     )
 
 
@@ -398,10 +337,7 @@ def main() -> None:
     text = asyncio.run(measure())
     print(text)
     if "--write" in sys.argv[1:]:
-        begin, end = MARKS
-        old = README.read_text(encoding="utf-8")
-        new = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
-        README.write_text(new, encoding="utf-8")
+        put_into(README, "make bench", text)
 
 
 if __name__ == "__main__":

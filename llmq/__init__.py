@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     )
     from llmq.errors import (
         AnswerError,
+        BudgetExceededError,
         ConfigError,
         InputError,
         LLMQError,
+        OutOfQuotaError,
         ProviderError,
         QueueCancelledError,
         QueueClosedError,
@@ -37,11 +39,14 @@ if TYPE_CHECKING:
         QueueDroppedError,
         QueueError,
         QueueFullError,
+        QueueHaltedError,
         QueueTimeout,
         RequestTimeout,
         RuntimeInUseError,
+        StreamCutError,
     )
     from llmq.items import ItemOutcome
+    from llmq.ledger import Budget, Ledger, Price
     from llmq.operations import Slot
     from llmq.pipeline import Pipeline, Stage
     from llmq.queue import LLMQueue
@@ -49,9 +54,13 @@ if TYPE_CHECKING:
     from llmq.retry import Kind, Retry, Verdict, classify
     from llmq.runtime import RuntimeEnv, limiter, submit, using
     from llmq.settings import Settings
-    from llmq.telemetry import Telemetry, configure_logfire
+    from llmq.summary import RunSummary
+    from llmq.telemetry import Telemetry, configure_logfire, serve_metrics
     from llmq.tune.sweep import Sweep, sweep
-    from llmq.usage import report_tokens
+    from llmq.wire.aiohttp import aiohttp_middleware
+    from llmq.wire.httpx2 import AsyncTransport, Transport
+    from llmq.wire.sent import report_tokens
+    from llmq.wire.wrap import wrap
 
 _HOME = {
     "llmq.changes": ("Change", "Changes"),
@@ -70,9 +79,11 @@ _HOME = {
     ),
     "llmq.errors": (
         "AnswerError",
+        "BudgetExceededError",
         "ConfigError",
         "InputError",
         "LLMQError",
+        "OutOfQuotaError",
         "ProviderError",
         "QueueCancelledError",
         "QueueClosedError",
@@ -80,11 +91,14 @@ _HOME = {
         "QueueDroppedError",
         "QueueError",
         "QueueFullError",
+        "QueueHaltedError",
         "QueueTimeout",
         "RequestTimeout",
         "RuntimeInUseError",
+        "StreamCutError",
     ),
     "llmq.items": ("ItemOutcome",),
+    "llmq.ledger": ("Budget", "Ledger", "Price"),
     "llmq.operations": ("Slot",),
     "llmq.pipeline": ("Pipeline", "Stage"),
     "llmq.queue": ("LLMQueue",),
@@ -92,9 +106,13 @@ _HOME = {
     "llmq.retry": ("Kind", "Retry", "Verdict", "classify"),
     "llmq.runtime": ("RuntimeEnv", "limiter", "submit", "using"),
     "llmq.settings": ("Settings",),
-    "llmq.telemetry": ("Telemetry", "configure_logfire"),
+    "llmq.summary": ("RunSummary",),
+    "llmq.telemetry": ("Telemetry", "configure_logfire", "serve_metrics"),
     "llmq.tune.sweep": ("Sweep", "sweep"),
-    "llmq.usage": ("report_tokens",),
+    "llmq.wire.aiohttp": ("aiohttp_middleware",),
+    "llmq.wire.httpx2": ("AsyncTransport", "Transport"),
+    "llmq.wire.sent": ("report_tokens",),
+    "llmq.wire.wrap": ("wrap",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

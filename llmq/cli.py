@@ -1,7 +1,7 @@
 """`llmq`: run a generator, tune its concurrency, serve the simulated provider, look at the settings.
 
 Thin: each command reads settings, calls what a notebook would call, and prints. Exit codes: 0 done; 1 done, with
-services quarantined or no recommendation; 2 refused; 130 interrupted, with all files valid.
+services quarantined or left, or no recommendation; 2 refused; 130 interrupted, with all files valid.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def run(
 
         report = _run(generate, f"what is finished is in {out}; go on with --resume")
         typer.echo(str(report))
-        if report.quarantined:
+        if report.quarantined or report.halted:
             raise typer.Exit(1)
 
 

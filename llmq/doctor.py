@@ -17,6 +17,7 @@ _EXTRAS = {
     "openai": ("openai", "aiohttp"),
     "server": ("starlette", "uvicorn"),
     "otel": ("opentelemetry-sdk",),
+    "prometheus": ("opentelemetry-exporter-prometheus", "prometheus-client"),
     "logfire": ("logfire",),
     "tune": ("matplotlib", "pandas"),
     "notebook": ("ipykernel",),

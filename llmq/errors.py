@@ -10,9 +10,13 @@
     │   ├── QueueFullError                     refused on arrival: too many wait already
     │   ├── QueueDroppedError                  made room for a newer call in a full queue
     │   ├── QueueCancelledError                cancelled by queue.cancel() before it started
+    │   ├── QueueHaltedError                   nothing more is started, so there is no use in going on
+    │   │   ├── BudgetExceededError            what may be spent is spent
+    │   │   └── OutOfQuotaError                the provider says that there is no money left
     │   └── RuntimeInUseError                  the process's queue cannot be replaced now
     ├── RequestTimeout         (TimeoutError)  ran longer than request_timeout in its slot
     ├── ProviderError                          a provider's answer that is not a success
+    │   └── StreamCutError                     a streamed answer that ended before its last event
     └── AnswerError            (ValueError)    an answer that is not what was asked for
 
 What a caller's own function raises passes through the queue unchanged and is none of these.
@@ -61,6 +65,18 @@ class QueueCancelledError(QueueError):
     """The call was cancelled by `queue.cancel()` while it waited; it was never started."""
 
 
+class QueueHaltedError(QueueError):
+    """Nothing more is started, and will not be soon: whoever makes calls from a list should stop."""
+
+
+class BudgetExceededError(QueueHaltedError):
+    """A budget of tokens or money is used up; the message gives the figures. The call was never started."""
+
+
+class OutOfQuotaError(QueueHaltedError):
+    """The provider said that the quota is used up. The call was never started."""
+
+
 class RuntimeInUseError(QueueError):
     """The process's queue cannot be replaced: it was set up otherwise, or calls are open."""
 
@@ -95,6 +111,10 @@ class ProviderError(LLMQError):
     def response(self) -> "ProviderError":
         """The error itself: it has the `headers` that SDK errors keep on their response."""
         return self
+
+
+class StreamCutError(ProviderError):
+    """A streamed answer ended as if it were whole, but its last event never came."""
 
 
 class AnswerError(LLMQError, ValueError):

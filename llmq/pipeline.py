@@ -24,10 +24,12 @@ from typing import Any, TypeVar
 import anyio
 
 from llmq.core import LLMTaskMeta
+from llmq.errors import QueueHaltedError
 from llmq.items import ItemRun
 from llmq.queue import LLMQueue
-from llmq.retry import Retry, unqueued
+from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv, active_queue, using
+from llmq.unqueued import unqueued
 from llmq.waiters import is_own_cancellation
 
 T = TypeVar("T")
@@ -122,10 +124,11 @@ class Pipeline:
                 if is_own_cancellation(error):
                     raise
                 failures.append(error)
-                group.cancel_scope.cancel()  # what the item's other stages would bring is lost anyway
+                if not isinstance(error, QueueHaltedError):  # then what is in flight is paid for, and may be cached
+                    group.cancel_scope.cancel()  # what the item's other stages would bring is lost anyway
                 return
             for dependent in self._dependents[stage.name]:
-                if all(name in results for name in dependent.after):
+                if not failures and all(name in results for name in dependent.after):
                     group.start_soon(run_stage, dependent)
 
         async with anyio.create_task_group() as group:

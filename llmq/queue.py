@@ -50,14 +50,18 @@ from llmq.core import (
     Statistics,
 )
 from llmq.core.policy import AGEING_SECONDS
-from llmq.errors import QueueClosedError, QueueTimeout
+from llmq.errors import BudgetExceededError, OutOfQuotaError, QueueClosedError, QueueTimeout
 from llmq.items import ItemRun
-from llmq.operations import ABANDONED, Operation, Retried, Slot, Try
-from llmq.records import RecordBuffer, Records
+from llmq.ledger import Ledger
+from llmq.logs import tell, tell_of_budget
+from llmq.operations import Operation, Retried, Slot, Try
+from llmq.records import AttemptRecord, RecordBuffer, Records
+from llmq.refusals import Refusals
 from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
 from llmq.telemetry import Telemetry
-from llmq.usage import current_job, tokens_of
 from llmq.waiters import Gone, Waiter, in_trio_run, new_waiter, notice_clock, running_loop
+from llmq.wire.hidden import retrying_client
+from llmq.wire.sent import enter, leave
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -66,13 +70,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 W = TypeVar("W", bound=Waiter)
 
+LONGEST_HOLD_SECONDS = 3600.0
+"""For which a Retry-After is believed."""
+
+LOOKS_FOR_RETRIES = 50
+"""How many of its first calls a queue looks at for clients that retry by themselves."""
+
 MAX_RECORDS = 100_000
 """Operations, and attempts, that `records()` keeps."""
 
-logger = logging.getLogger("llmq")
-
 _GIVE_UP = (None, Verdict(Kind.CALLER))
 _ROUNDING_SECONDS = 1e-6
+_SPREAD_SECONDS = 1.0
+_COME_BACK_SECONDS = 0.05
 _default_telemetry = Telemetry()
 _new_slot = object.__new__
 _NEW, _WAITING = State.NEW, State.WAITING
@@ -109,18 +119,23 @@ class LLMQueue:
         "__weakref__",
         "_alarms",
         "_backing_off",
+        "_budgeted",
         "_classify",
         "_drainers",
+        "_hidden_retries",
         "_inbox",
         "_last_home",
         "_leaked",
+        "_ledger",
         "_lock",
+        "_looks_for_retries",
         "_loops",
         "_mixed",
         "_open",
         "_orphans",
         "_quick",
         "_records",
+        "_refusals",
         "_scheduler",
         "_telemetry",
         "_watchers",
@@ -142,6 +157,7 @@ class LLMQueue:
         request_timeout: float | None = None,
         classify: Classify = classify,
         telemetry: Telemetry | None = _default_telemetry,
+        ledger: Ledger | None = None,
         max_records: int = MAX_RECORDS,
     ) -> None:
         self.queue_timeout = _positive("queue_timeout", queue_timeout)
@@ -151,11 +167,16 @@ class LLMQueue:
         notice_clock()
         self._classify = classify
         self._telemetry = telemetry
+        self._ledger = ledger
+        self._budgeted = ledger is not None and bool(ledger.budgets)
+        self._looks_for_retries = LOOKS_FOR_RETRIES
+        self._hidden_retries: set[str] = set()
+        self._refusals = Refusals()
         self._records = RecordBuffer(max_records)
         self._scheduler = Scheduler(policy)
         self._lock = threading.Lock()
         self._inbox: deque[_Return] = deque()
-        self._orphans: deque[tuple[Operation, bool]] = deque()
+        self._orphans: deque[tuple[Operation, bool, float]] = deque()
         self._leaked: deque[str] = deque()
         self._open: set[Operation] = set()
         self._backing_off: set[Operation] = set()
@@ -167,6 +188,8 @@ class LLMQueue:
         self._mixed = False  # callers of more than one loop, or of none: a dead loop may be found by others
         self._quick = False
         self._look_for_short_way()
+        if telemetry is not None:
+            telemetry.watch(self)
 
     @property
     def max_concurrency(self) -> int:
@@ -177,6 +200,16 @@ class LLMQueue:
     def policy(self) -> Policy:
         """The limits and the order in force."""
         return self._scheduler.policy
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What calls used and cost, where that is kept."""
+        return self._ledger
+
+    @property
+    def hidden_retries(self) -> tuple[str, ...]:
+        """Clients found to retry by themselves, unseen: what they had refused is not counted anywhere."""
+        return tuple(sorted(self._hidden_retries))
 
     @property
     def open_operations(self) -> int:
@@ -193,36 +226,43 @@ class LLMQueue:
     ) -> T:
         """Await `factory()` in this task once a slot is free; its result or exception passes unchanged.
 
-        Without `retry` it is called once. With it, each attempt takes a new slot at the front of its class, and
-        no slot is held in between. Raises, of its own, `QueueTimeout`, `RequestTimeout`, and the `QueueError` that says
-        why it was turned away: full, dropped, cancelled, draining, closed.
+        Without `retry` it is called once, unless the request of a wrapped client fails, whose own retries the queue
+        takes over (`llmq.wrap`). With it, each attempt takes a new slot at the front of its class, and no slot is held
+        in between. A call that returns a stream of a wrapped client holds its slot until the last byte. Raises, of its
+        own, `QueueTimeout`, `RequestTimeout`, and the `QueueError` that says why it was turned away: full, dropped,
+        cancelled, draining, closed, halted (out of budget or quota).
 
         Do not submit from within a call that holds a slot: when all slots are held that way, none becomes free.
         """
         operation = Operation(self, meta or NO_META, running_loop())
-        if operation.span is not None:
-            operation.span.attach()
+        operation.repeatable = True
+        if self._looks_for_retries:
+            self._look_for_retries(factory)
+        place = enter(operation)
         failed = 0
-        while True:
-            await operation.enter(Retried(operation) if failed else Try(operation))
-            try:
-                if self._scheduler.counts_tokens:
-                    result = await timed(lambda: _counted(factory, operation.job), self.request_timeout)
-                elif self.request_timeout is None:
-                    result = await factory()
+        try:
+            while True:
+                await operation.enter(Retried(operation) if failed else Try(operation))
+                if operation.span is not None:
+                    operation.span.attach()
+                try:
+                    result = await (factory() if self.request_timeout is None else timed(factory, self.request_timeout))
+                except BaseException as error:
+                    failed += 1
+                    delay, verdict = self._decide(operation, error, retry, failed)
+                    self._hold_back(operation, verdict, delay)  # first, so that the slot goes to no other of this model
+                    operation.leave(error, verdict, closing=delay is None)
+                    if delay is None:
+                        raise
                 else:
-                    result = await timed(factory, self.request_timeout)
-            except BaseException as error:
-                failed += 1
-                delay, verdict = self._decide(error, retry, failed)
-                self._hold_back(operation, verdict, delay)  # first, so that the slot goes to no other of this model
-                operation.leave(error, verdict, closing=delay is None)
-                if delay is None:
-                    raise
-            else:
-                operation.leave()
-                return result
-            await operation.back_off(delay)
+                    operation.note_result(result)
+                    operation.leave_with_last_byte()
+                    return result
+                await operation.back_off(delay, verdict)
+        finally:
+            leave(place)
+            if operation.span is not None:
+                operation.span.detach()
 
     def slot(self, meta: LLMTaskMeta | None = None) -> Slot:
         """A slot to hold for a block: `async with queue.slot(): ...`. No time-out applies inside it."""
@@ -230,7 +270,7 @@ class LLMQueue:
         slot.queue = self
         slot.meta = NO_META if meta is None else meta
         slot.state = _NEW
-        slot.operation = slot.lease = None
+        slot.operation = slot.lease = slot._place = None
         frame = _getframe(1)
         slot._code = frame.f_code
         slot._instruction = frame.f_lasti
@@ -273,18 +313,25 @@ class LLMQueue:
                 "submit_sync() would block the event loop that runs in this thread; use `await queue.submit(...)`"
             )
         operation = Operation(self, meta or NO_META, None)
-        operation.enter_blocking(Try(operation))
+        place = enter(operation)
         try:
-            result = fn(*args)
-            if self._scheduler.counts_tokens:
-                operation.job.used_tokens = tokens_of(result)
-        except BaseException as error:
-            verdict = judged(self._classify, error)
-            self._hold_back(operation, verdict)
-            operation.leave(error, verdict)
-            raise
-        operation.leave()
-        return result
+            operation.enter_blocking(Try(operation))
+            if operation.span is not None:
+                operation.span.attach()
+            try:
+                result = fn(*args)
+            except BaseException as error:
+                _, verdict = self._decide(operation, error, None, 1)
+                self._hold_back(operation, verdict)
+                operation.leave(error, verdict)
+                raise
+            operation.note_result(result)
+            operation.leave_with_last_byte()
+            return result
+        finally:
+            leave(place)
+            if operation.span is not None:
+                operation.span.detach()
 
     def resize(self, max_concurrency: int) -> None:
         """Change the cap. Running calls keep their slots, so a lower cap is reached as they end."""
@@ -305,22 +352,23 @@ class LLMQueue:
                 if kind == "resized"
                 else scheduler.reconfigure(policy, waiters.now())
             )
-        self._publish(kind)
+        self._announce(kind)
 
     def pause(self) -> None:
         """Start nothing more until `resume`. Running calls go on."""
         with self._changing() as (scheduler, woken):
             woken += scheduler.pause(True, waiters.now())
-        self._publish("paused")
+        self._announce("paused")
 
     def resume(self) -> None:
-        """Undo `pause` and `drain`. Raises `QueueClosedError` after `close`."""
+        """Undo `pause` and `drain`, and forget refusals. Raises `QueueClosedError` after `close`."""
+        self._refusals.forget()
         with self._changing() as (scheduler, woken):
             if scheduler.refusing is Drop.CLOSED:
                 raise QueueClosedError("the queue is closed, which is for good; make another one")
             woken += scheduler.refuse(None, waiters.now())
             woken += scheduler.pause(False, waiters.now())
-        self._publish("resumed")
+        self._announce("resumed")
 
     def cancel(self, **where: str | None) -> int:
         """Cancel waiting calls: all, or those whose meta has these fields or labels. Returns how many.
@@ -351,7 +399,7 @@ class LLMQueue:
             if scheduler.refusing is not Drop.CLOSED:
                 woken += scheduler.refuse(Drop.DRAINING, waiters.now())
             woken += scheduler.pause(False, waiters.now())
-        self._publish("draining")
+        self._announce("draining")
         try:
             drained = await waiter.wait(timeout)
         finally:
@@ -368,7 +416,7 @@ class LLMQueue:
         with self._changing() as (scheduler, woken):
             woken += scheduler.refuse(Drop.CLOSED, waiters.now())
             self._rouse(Drop.CLOSED, lambda meta: True)
-        self._publish("closed")
+        self._announce("closed")
         for watcher in list(self._watchers):
             watcher.close()
 
@@ -415,6 +463,21 @@ class LLMQueue:
                 self._look_for_short_way()
         return watcher
 
+    def gauges(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Limits on calls at once by key ("" for all together), and waiting calls by class. For telemetry."""
+        with self._lock:
+            limits = {"": self._scheduler.limit}
+            for cap in self._scheduler.policy.limits:
+                if isinstance(cap, Cap):
+                    limits |= {f"{cap.by}={key}": limit for key, limit in cap.overrides.items()}
+                    limits[cap.by or "cap"] = cap.limit
+            counts = self._scheduler.waiting_by_class()
+        return limits, {priority.name.lower(): count for priority, count in counts.items()}
+
+    def settle(self) -> None:
+        """Tell telemetry and `records` of what ended in a finaliser since the last call."""
+        self._bury_orphans()
+
     def records(self) -> Records:
         """The newest operations and attempts, at most `max_records` of each, oldest first."""
         self._bury_orphans()
@@ -430,7 +493,13 @@ class LLMQueue:
         self, operation: Operation, job: Job, make_waiter: Callable[[], W], now: float
     ) -> tuple[Sequence[Job], W | None]:
         """Submit an operation's next attempt. A waiter: it must wait there."""
+        if self._budgeted or self._refusals.any_quota:
+            self._check_door(operation.meta)
         with self._lock:
+            operation.depth = self._scheduler.waiting
+            if operation.held is not None:
+                self._scheduler.let_back(*operation.held, now)
+                operation.held = None
             woken, waiter, failure = self._submit(job, now, make_waiter)
             self._backing_off.discard(operation)
             if not isinstance(job, Slot):  # which must not be kept from collection
@@ -544,37 +613,119 @@ class LLMQueue:
             self._lock.release()
         self._after(woken)
 
-    def _decide(self, error: BaseException, retry: Retry | None, failed: int) -> tuple[float | None, Verdict]:
+    def _decide(
+        self, operation: Operation, error: BaseException, retry: Retry | None, failed: int
+    ) -> tuple[float | None, Verdict]:
         """Seconds until the next attempt, or None, and what the error means. Never raises: a slot depends on it."""
         try:
-            verdict = judged(self._classify, error)
-            return None if retry is None else retry.delay_seconds(failed, verdict), verdict
+            verdict = operation.informed(judged(self._classify, error))
+            cause: Verdict | None = verdict
+            if retry is None:
+                retry, cause = operation.handed_retry(error)
+            delay = None
+            if retry is not None and cause is not None:
+                delay = retry.delay_seconds(failed, self._believed(operation, cause))
+            return self._refusals.decide(operation.meta.model_name, verdict, delay, error), verdict
         except Exception:
             return _GIVE_UP
 
-    def _hold_back(self, operation: Operation, verdict: Verdict, delay_seconds: float | None = None) -> None:
-        """Keep the model's waiters back, if the provider said for how long: until the refused call comes back itself,
-        jitter included, or as long as was said if it does not."""
-        if not verdict.refused or verdict.retry_after_seconds is None:
+    def _believed(self, operation: Operation, verdict: Verdict) -> Verdict:
+        """A verdict with a Retry-After that can be true: a place among so many at once is free after one call. And none
+        that stops a model for good: after an hour it may be asked again."""
+        said = verdict.retry_after_seconds
+        if said is None:
+            return verdict
+        most = LONGEST_HOLD_SECONDS
+        if verdict.limit_type == "concurrency":
+            most = self._refusals.typical_seconds(operation.meta.model_name)
+        return replace(verdict, retry_after_seconds=min(said, most))
+
+    def _hold_back(
+        self, operation: Operation, verdict: Verdict, delay_seconds: float | None = None, *, ended: bool = True
+    ) -> None:
+        """Keep the model's waiters back, if the provider said for how long: until the refused call is back itself,
+        jitter included, or as long as was said if it does not come back. Longer, if it refuses on and on; that is
+        counted once, when the attempt has `ended` with it."""
+        if not verdict.refused:
             return
-        seconds = verdict.retry_after_seconds if delay_seconds is None else delay_seconds
+        said = self._believed(operation, verdict).retry_after_seconds
+        seconds = 0.0 if said is None else said
+        if seconds and delay_seconds is not None:
+            seconds = delay_seconds + _COME_BACK_SECONDS  # who is held back would else be first; see `let_back`
+        pause = self._refusals.pause_seconds(operation.meta.model_name) if ended else 0.0
+        seconds = max(seconds, pause)
+        quota = verdict.kind is Kind.QUOTA
+        if seconds <= 0 and not quota:
+            return
         with self._changing() as (scheduler, woken):
             now = waiters.now()
-            woken += scheduler.hold(scheduler.model_of(operation.job), now + seconds, now)
+            model = scheduler.model_of(operation.job)
+            if seconds > 0:
+                spread = min(_SPREAD_SECONDS, seconds)
+                woken += scheduler.hold(model, now + seconds, now, spread_seconds=spread)
+                operation.held = None if delay_seconds is None else (model, now + seconds)
+            if quota:
+                woken += scheduler.drop(
+                    [job for job in scheduler.jobs() if scheduler.model_of(job) == model], Drop.QUOTA, now
+                )
+                self._rouse(Drop.QUOTA, lambda meta: meta.model_name == model)
         self._publish("held", operation.job)
+        _tell_of_hold(model, verdict, seconds, pause)
 
     def _bury_orphans(self) -> None:
         """Tell of what ended in a finaliser, which must not do so itself: telemetry and logging take locks."""
         while self._orphans:
             with suppress(IndexError):
-                operation, in_attempt = self._orphans.popleft()
-                operation.record(None, ABANDONED, in_attempt=in_attempt, closing=True)
+                operation, in_attempt, at = self._orphans.popleft()
+                operation.record_abandoned(at, in_attempt=in_attempt)
         while self._leaked:
             with suppress(IndexError):
-                logger.warning(
+                tell(
+                    logging.WARNING,
+                    "leaked",
                     "%s was never given back, and was collected; use `async with`, or release() it",
                     self._leaked.popleft(),
                 )
+
+    def _book(self, record: AttemptRecord) -> None:
+        """Add what an attempt used; where that spends a budget, turn away those who wait for it."""
+        assert self._ledger is not None
+        for event in self._ledger.add_attempt(record):
+            tell_of_budget(event)
+            if event.share >= 1.0:
+                with self._changing() as (scheduler, woken):
+                    late = [job for job in scheduler.jobs() if self._over_budget(job.meta)]
+                    woken += scheduler.drop(late, Drop.BUDGET, waiters.now())
+
+    def _over_budget(self, meta: LLMTaskMeta) -> str | None:
+        return None if self._ledger is None else self._ledger.check(meta)
+
+    def _check_door(self, meta: LLMTaskMeta) -> None:
+        if (why := self._over_budget(meta)) is not None:
+            raise BudgetExceededError(why)
+        if (why := self._refusals.quota_spent(meta.model_name)) is not None:
+            raise OutOfQuotaError(why)
+
+    def _look_for_retries(self, call: object) -> None:
+        """Look at one of the first calls for a client that retries by itself. Never raises."""
+        self._looks_for_retries -= 1
+        try:
+            found = retrying_client(call)
+        except Exception:
+            return
+        if found is not None:
+            self._found_hidden_retries(found)
+
+    def _found_hidden_retries(self, client: str) -> None:
+        if client not in self._hidden_retries and len(self._hidden_retries) < LOOKS_FOR_RETRIES:
+            self._hidden_retries.add(client)
+            tell(
+                logging.WARNING,
+                "hidden_retries",
+                "%s retries by itself, where the queue does not see it: refusals are hidden, and its retries multiply "
+                "those of the queue. Hand them over with llmq.wrap(client), or switch them off with max_retries=0",
+                client,
+            )
 
     # Private.
 
@@ -599,7 +750,11 @@ class LLMQueue:
 
     def _look_for_short_way(self) -> None:
         self._quick = (
-            self._telemetry is None and not self._watchers and not self._drainers and not self._scheduler.uses_time
+            self._telemetry is None
+            and self._ledger is None
+            and not self._watchers
+            and not self._drainers
+            and not self._scheduler.uses_time
         )
 
     def _count_open(self) -> int:
@@ -693,6 +848,23 @@ class LLMQueue:
             woken = self._scheduler.tick(at if now < at < now + _ROUNDING_SECONDS else now)
         self._after(woken)
 
+    def _announce(self, kind: ChangeKind) -> None:
+        """Publish and log what happened to the whole queue."""
+        self._publish(kind)
+        now = self._scheduler
+        tell(
+            logging.INFO,
+            kind,
+            "queue %s: %d of %d in flight, %d waiting",
+            kind,
+            now.in_flight,
+            now.limit,
+            now.waiting,
+            in_flight=now.in_flight,
+            waiting=now.waiting,
+            limit=now.limit,
+        )
+
     def _publish(self, kind: ChangeKind, job: Job | None = None) -> None:
         if not self._watchers:
             return
@@ -717,17 +889,16 @@ class LLMQueue:
             self._look_for_short_way()
 
 
-async def _counted(factory: Callable[[], Awaitable[T]], job: Job) -> T:
-    """Run a call of which the tokens matter."""
-    token = current_job.set(job)
-    try:
-        result = await factory()
-    finally:
-        with suppress(ValueError):  # collected in another context
-            current_job.reset(token)
-    if job.used_tokens is None:
-        job.used_tokens = tokens_of(result)
-    return result
+def _tell_of_hold(model: str | None, verdict: Verdict, seconds: float, pause_seconds: float) -> None:
+    fields = {"model_name": model, "limit_type": verdict.limit_type, "seconds": seconds}
+    if verdict.kind is Kind.QUOTA:
+        tell(logging.WARNING, "quota", "model %s is out of quota: no call to it starts", model, **fields)
+    elif pause_seconds > 0:
+        text = "model %s refuses on and on: its calls are held back for %.1f s, and refusals are not tried again"
+        tell(logging.WARNING, "breaker", text, model, seconds, **fields)
+    else:
+        text = "model %s refused (limit on %s): its calls are held back for %.1f s"
+        tell(logging.INFO, "held", text, model, verdict.limit_type, seconds, **fields)
 
 
 def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:

@@ -45,6 +45,7 @@ class AttemptRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     first_chunk_seconds: float | None = None
+    response_model: str | None = None
     seen: bool = False
     resent: bool = False
 

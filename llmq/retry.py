@@ -1,81 +1,44 @@
 """What a failed attempt means, and how long to wait before the next one.
 
-`classify` reads an exception of any SDK by its shape, never by its type: `status_code`, `response.headers`, and
-the `code` and `type` of the body. `Retry` is the policy of one operation. Its back-off is "full jitter" (Brooker,
-"Exponential Backoff And Jitter", AWS Architecture Blog, 2015): the n-th delay is uniform between 0 and
-min(cap, base * 2^(n-1)); a provider's Retry-After is a lower bound of it.
+`classify` reads an exception of any SDK by its shape, never by its type: `status_code`, `response.headers` and
+`body`; what these say is judged in `llmq.dialects`. `Retry` is the policy of one operation. Its back-off is "full
+jitter" (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): the n-th delay is uniform between 0
+and min(cap, base * 2^(n-1)); a provider's Retry-After is a lower bound of it.
 
 stamina was tried for this and left out: it logs every retried exception with its message, which can hold a
 prompt, and its process-wide switch would change what the queue promises.
 """
 
-import email.utils
 import random
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import anyio
 
-from llmq.core import Outcome
-from llmq.errors import LLMQError, ProviderError, QueueError, RequestTimeout
+from llmq.dialects import Kind as Kind
+from llmq.dialects import Verdict as Verdict
+from llmq.dialects import judge_response
+from llmq.errors import (
+    LLMQError,
+    ProviderError,
+    QueueCancelledError,
+    QueueClosedError,
+    QueueDrainingError,
+    QueueDroppedError,
+    QueueError,
+    QueueFullError,
+    QueueHaltedError,
+    QueueTimeout,
+    RequestTimeout,
+)
+from llmq.records import CallOutcome
 
 T = TypeVar("T")
 
-
-class Kind(StrEnum):
-    """What a failure says about the provider."""
-
-    RATE = "rate"
-    """Refused: too many requests or tokens in a time, or too many at once."""
-    OVERLOAD = "overload"
-    """Refused: the provider itself is short of capacity."""
-    QUOTA = "quota"
-    """Refused: out of money. Never retried."""
-    TRANSIENT = "transient"
-    """Failed on the way (5xx, cut connection, time-out); the same request may succeed."""
-    CALLER = "caller"
-    """The caller's own error; the same request would fail again."""
-    CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What `classify` makes of an exception.
-
-    `limit_type` tells which limit refused: requests, tokens, concurrency, overload, quota or unknown; None where
-    nothing was refused.
-    """
-
-    kind: Kind
-    status_code: int | None = None
-    limit_type: str | None = None
-    retry_after_seconds: float | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Whether the provider turned the request away."""
-        return self.kind in (Kind.RATE, Kind.OVERLOAD, Kind.QUOTA)
-
-    @property
-    def retryable(self) -> bool:
-        """Whether another attempt can help."""
-        return self.kind in (Kind.RATE, Kind.OVERLOAD, Kind.TRANSIENT)
-
-    @property
-    def outcome(self) -> Outcome:
-        """The ending that the scheduler counts."""
-        return Outcome.REJECTED if self.kind in (Kind.RATE, Kind.OVERLOAD) else Outcome.IGNORED
-
-
 Classify = Callable[[BaseException], Verdict]
 
-_OVERLOADED = {503, 529}
-_TRANSIENT = {408, 409, 500, 502, 504}
-_OUT_OF_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
 _CONNECTION_ERRORS = {  # by name, so that no SDK need be imported
     "APIConnectionError",  # openai, anthropic
     "TransportError",  # httpx2
@@ -107,9 +70,9 @@ def judged(classify: Classify, error: BaseException) -> Verdict:
         verdict = classify(error)
         if isinstance(verdict, Verdict):
             return verdict
-        broken = f"returned {verdict!r}, not a Verdict"
+        broken = f"returned a {type(verdict).__qualname__}, not a Verdict"
     except Exception as failure:
-        broken = f"itself raised {failure!r}"
+        broken = f"itself raised {type(failure).__qualname__}"
     with suppress(Exception):
         error.add_note(f"llmq: classify() {broken}, so this was not judged")
     return Verdict(Kind.CALLER)
@@ -129,19 +92,13 @@ def describe(error: BaseException) -> str:
 
 def _classify(error: Exception) -> Verdict:
     status = _status(error)
-    if status is None:
+    body = _body(error)
+    if status is None and body is None:
         return Verdict(Kind.TRANSIENT if _is_connection_error(error) else Kind.CALLER)
-    retry_after = _retry_after_seconds(_headers(error))
-    if status == 429:
-        words = _body_words(error)
-        if any(word in _OUT_OF_QUOTA for word in words):
-            return Verdict(Kind.QUOTA, status, "quota", retry_after)
-        return Verdict(Kind.RATE, status, _limit_type(words), retry_after)
-    if status in _OVERLOADED:
-        return Verdict(Kind.OVERLOAD, status, "overload", retry_after)
-    if status in _TRANSIENT or status >= 500 or (status < 400 and _is_connection_error(error)):
-        return Verdict(Kind.TRANSIENT, status, None, retry_after)
-    return Verdict(Kind.CALLER, status, None, retry_after)
+    verdict = judge_response(status or 0, _headers(error), _with_codes(error, body))
+    if verdict.kind is Kind.CALLER and (status or 0) < 400 and _is_connection_error(error):
+        verdict = replace(verdict, kind=Kind.TRANSIENT)
+    return replace(verdict, status_code=status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,33 +148,41 @@ async def timed(factory: Callable[[], Awaitable[T]], request_timeout: float | No
     raise AssertionError("unreachable")  # a with block that neither returned nor was cancelled
 
 
-async def unqueued(
-    factory: Callable[[], Awaitable[T]],
-    *,
-    retry: Retry | None = None,
-    request_timeout: float | None = None,
-    classify: Classify = classify,
-) -> T:
-    """What `LLMQueue.submit` does, with no queue: the same time-out, the same retries, no slot."""
-    failed = 0
-    while True:
-        try:
-            return await timed(factory, request_timeout)
-        except Exception as error:
-            failed += 1
-            delay = None if retry is None else retry.delay_seconds(failed, judged(classify, error))
-            if delay is None:
-                raise
-        await anyio.sleep(delay)
+def outcome_of(error: BaseException | None, verdict: Verdict | None) -> CallOutcome:
+    """How a call ended, for its record."""
+    if verdict is None:
+        return "ok"
+    if isinstance(error, QueueFullError):
+        return "queue_full"
+    if isinstance(error, (QueueDroppedError, QueueClosedError, QueueDrainingError, QueueHaltedError)):
+        return "dropped"
+    if verdict.kind is Kind.CANCELLED or isinstance(error, QueueCancelledError):
+        return "cancelled"
+    if isinstance(error, (RequestTimeout, QueueTimeout)):
+        return "timeout"
+    return "rejected" if verdict.refused else "error"
+
+
+def error_type_of(error: BaseException | None) -> str | None:
+    """The name of an error's type."""
+    return None if error is None else type(error).__qualname__
 
 
 def _status(error: Exception) -> int | None:
-    """`status_code` (openai, anthropic), `status` (aiohttp) or `response.status_code` (httpx2)."""
+    """`status_code` (openai, anthropic), `status` (aiohttp), `response.status_code` (httpx2), `code` (google-genai)."""
     for holder, name in ((error, "status_code"), (error, "status"), (getattr(error, "response", None), "status_code")):
         status = getattr(holder, name, None)
         if isinstance(status, int):
             return status
-    return None
+    code = _code(error)
+    return code if isinstance(code, int) and 400 <= code < 600 else None
+
+
+def _code(error: Exception) -> object:
+    """An error's `code`, unless that only repeats its `status` (aiohttp, where to ask for it is deprecated)."""
+    if isinstance(getattr(error, "status", None), int) and "code" not in vars(error):
+        return None
+    return getattr(error, "code", None)
 
 
 def _is_connection_error(error: Exception) -> bool:
@@ -236,47 +201,12 @@ def _headers(error: Exception) -> Mapping[str, str]:
     return headers if isinstance(headers, Mapping) else {}
 
 
-def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Retry-After in seconds, from `retry-after-ms` (Azure, OpenAI), a number, or an HTTP date (RFC 9110)."""
-    found = {str(name).lower(): str(value) for name, value in headers.items()}
-    milliseconds = _non_negative(found.get("retry-after-ms", ""), 0.001)
-    if milliseconds is not None:
-        return milliseconds
-    value = found.get("retry-after", "")
-    seconds = _non_negative(value, 1.0)
-    if seconds is None and value:
-        try:
-            seconds = max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
-            return None
-    return seconds
+def _body(error: Exception) -> object:
+    """`body` (anthropic: the whole, openai: what is in its `error`), or `details` beside a `code` (google-genai)."""
+    body = getattr(error, "body", None)
+    return getattr(error, "details", None) if body is None and isinstance(_code(error), int) else body
 
 
-def _non_negative(text: str, unit: float) -> float | None:
-    try:
-        value = float(text) * unit
-    except ValueError:
-        return None
-    return value if 0 <= value < float("inf") else None
-
-
-def _body_words(error: Exception) -> list[str]:
-    """The machine-readable words of a refusal: code and type, of the error and of its body."""
-    return list(_words(error)) + list(_words(getattr(error, "body", None)))
-
-
-def _words(source: object) -> Iterator[str]:
-    if isinstance(source, Mapping):
-        yield from (str(source[name]).lower() for name in ("code", "type") if source.get(name))
-        if isinstance(source.get("error"), Mapping):
-            yield from _words(source["error"])
-    elif isinstance(source, Exception):
-        values = (getattr(source, name, None) for name in ("code", "type"))
-        yield from (value.lower() for value in values if isinstance(value, str))
-
-
-def _limit_type(words: list[str]) -> str:
-    for limit_type in ("concurrency", "tokens", "requests"):
-        if any(limit_type in word for word in words):
-            return limit_type
-    return "unknown"
+def _with_codes(error: Exception, body: object) -> object:
+    """The body with the error's own code and type around it."""
+    return {"code": _code(error), "type": getattr(error, "type", None), "error": body}

@@ -18,7 +18,9 @@ from llmq.core import LLMTaskMeta
 from llmq.errors import RuntimeInUseError
 from llmq.operations import Slot
 from llmq.queue import LLMQueue
-from llmq.retry import Retry, unqueued
+from llmq.retry import Retry
+from llmq.telemetry import Telemetry
+from llmq.unqueued import unqueued
 
 if TYPE_CHECKING:
     from llmq.settings import Settings
@@ -48,6 +50,12 @@ class RuntimeEnv:
                 fair_share=policy.fair_share,
                 queue_timeout=settings.queue_timeout,
                 request_timeout=settings.request_timeout,
+                telemetry=Telemetry(
+                    service_id=settings.llm_telemetry_service_id,
+                    attempts=settings.llm_telemetry_attempts,
+                    content=settings.llm_telemetry_content,
+                ),
+                ledger=settings.ledger(),
             )
 
     @classmethod

@@ -38,6 +38,7 @@ from pydantic_settings import (
 from llmq.core import Cap, Depth, FairShare, Policy, Priority, Rate
 from llmq.core.policy import AGEING_SECONDS
 from llmq.errors import ConfigError
+from llmq.ledger import Budget, Ledger, Price, check_budgets
 from llmq.providers.spec import ProviderSpec
 from llmq.retry import Retry
 
@@ -61,6 +62,7 @@ def _yaml_off(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1)]
 Places = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0)]
+NotNegative = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -140,6 +142,45 @@ class FairShareEntry(BaseModel):
         return FairShare(self.by, self.weights, self.of)
 
 
+class PriceEntry(BaseModel):
+    """`{input: 2.5, output: 10}`, in USD per million tokens: see `llmq.Price`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: NotNegative
+    output: NotNegative
+
+    def made(self) -> Price:
+        """The price."""
+        return Price(self.input, self.output)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.made()
+        return self
+
+
+class BudgetEntry(BaseModel):
+    """`{cost: 5, per: run, by: service_id, overrides: {a: 1}}`, or `tokens` for `cost`: see `llmq.Budget`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: Positive | None = None
+    cost: Positive | None = None
+    per: Literal["run", "day"] = "run"
+    by: str | None = None
+    overrides: dict[str, Positive] = {}
+
+    def made(self) -> Budget:
+        """The budget."""
+        return Budget(self.tokens, self.cost, self.per, self.by, self.overrides)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.made()
+        return self
+
+
 def _kind_of_limit(entry: object) -> str | None:
     names = entry if isinstance(entry, Mapping) else type(entry).model_fields if isinstance(entry, _Limit) else ()
     return next((kind for kind in ("cap", "rate", "max_queued") if kind in names), None)
@@ -180,6 +221,22 @@ class Settings(BaseSettings):
     )
     llm_queue_fair_share: FairShareEntry | None = Field(
         None, description="Share each class between the values of a field or label, by weights; null: first come."
+    )
+    llm_telemetry_service_id: bool = Field(
+        False, description="service_id as an attribute of metrics too: for runs of a few services."
+    )
+    llm_telemetry_attempts: bool = Field(
+        True, description="Spans and gen_ai metrics of attempts; false where an instrumentation of the SDK makes them."
+    )
+    llm_telemetry_content: bool = Field(
+        False, description="Prompts and answers on the spans of requests that are seen (llmq.wrap)."
+    )
+    llm_prices: dict[str, PriceEntry] = Field({}, description="By model: USD per million tokens, input and output.")
+    llm_budgets: tuple[BudgetEntry, ...] = Field(
+        (), description="Tokens or cost (USD) per run or UTC day, by a field or in all; past one, no call starts."
+    )
+    llm_budget_ledger: Path | None = Field(
+        None, description="File that keeps what budgets per day have used; null: counted by each process anew."
     )
     concurrency: Count = Field(5, description="Services (items) open at once; bounds memory, never calls.")
     request_timeout: Seconds | None = Field(60.0, description="Seconds a call may run in its slot; null: no bound.")
@@ -243,6 +300,10 @@ class Settings(BaseSettings):
             _ = self.queue_policy
         except ValueError as error:
             raise ConfigError(f"llm_queue_limits ({sources['llm_queue_limits']}): {error}") from None
+        try:
+            check_budgets(self.budgets)
+        except ValueError as error:
+            raise ConfigError(f"llm_budgets ({sources['llm_budgets']}): {error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -273,6 +334,16 @@ class Settings(BaseSettings):
             frozenset(Priority[name.upper()] for name in self.llm_queue_strict),
             None if self.llm_queue_fair_share is None else self.llm_queue_fair_share.made(),
         )
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """How much may be used."""
+        return tuple(entry.made() for entry in self.llm_budgets)
+
+    def ledger(self) -> Ledger:
+        """A new ledger; it goes on from the day's totals if there is a file of them. Raises InputError."""
+        prices = {model: entry.made() for model, entry in self.llm_prices.items()}
+        return Ledger(prices, self.budgets, path=self.llm_budget_ledger)
 
     @property
     def stage_models(self) -> dict[str, str]:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextvars import ContextVar
+from typing import NamedTuple
 
-from llmq.core import Job
-
-current_job: ContextVar[Job | None] = ContextVar("llmq_job", default=None)
-"""The attempt whose call runs here, where its tokens matter."""
+_TELLS_NOTHING = (str, bytes, int, float, list, tuple)
 
 
-def report_tokens(used: int) -> None:
-    """Tell how many tokens this call really used, prompt and answer together, from within the call.
+class Tokens(NamedTuple):
+    """Of the prompt, and of the answer."""
 
-    For calls whose result does not carry its usage (`result.usage`, as the SDKs of OpenAI and Anthropic return it).
-    What was reserved by `LLMTaskMeta.tokens` is then settled. Does nothing where no queue counts tokens.
-    """
-    check_tokens(used)
-    job = current_job.get()
-    if job is not None:
-        job.used_tokens = used
+    input: float
+    output: float
 
 
 def check_tokens(used: float) -> None:
@@ -30,22 +22,24 @@ def check_tokens(used: float) -> None:
         raise ValueError(f"used tokens are a number of at least 0, got {used}")
 
 
-def tokens_of(result: object) -> float | None:
-    """The tokens that a result says it used, or None. Never raises.
+def tokens_of(result: object) -> Tokens | None:
+    """The tokens that a result says it used, or None. Never raises. Where it tells only a total, the answer has 0.
 
     >>> tokens_of({"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}})
-    7
+    Tokens(input=3, output=4)
     """
+    if result is None or isinstance(result, _TELLS_NOTHING):
+        return None
     try:
         usage = _get(result, "usage")
         for source in (usage, result):
+            for names in (("input_tokens", "output_tokens"), ("prompt_tokens", "completion_tokens")):
+                prompt, answer = (_number(_get(source, name)) for name in names)
+                if prompt is not None and answer is not None:
+                    return Tokens(prompt, answer)
             total = _number(_get(source, "total_tokens"))
             if total is not None:
-                return total
-            for names in (("input_tokens", "output_tokens"), ("prompt_tokens", "completion_tokens")):
-                parts = [_number(_get(source, name)) for name in names]
-                if None not in parts:
-                    return sum(part for part in parts if part is not None)
+                return Tokens(total, 0)
     except Exception:
         return None
     return None

@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from llmq import LLMQueue, Pipeline, Retry, RuntimeEnv, Settings, Stage
-from llmq.errors import ProviderError
+from llmq.errors import OutOfQuotaError, ProviderError
 from llmq.runtime import using
 
 pytestmark = pytest.mark.anyio
@@ -204,3 +204,22 @@ async def test_what_is_no_pipeline_is_refused(stages, message):
 async def test_open_items_must_be_positive():
     with pytest.raises(ValueError, match="open_items must be at least 1"):
         Pipeline([first]).run([], open_items=0)
+
+
+async def test_where_nothing_more_may_start_what_is_in_flight_is_awaited_and_nothing_follows_it():
+    log = Log({"left": 2.0})
+
+    async def refused(item):
+        raise OutOfQuotaError("no")
+
+    async def left(item):
+        return await log("left", item)
+
+    async def after_left(item, left):
+        return await log("after_left", item)
+
+    pipeline = Pipeline([refused, left, after_left])
+    (outcome,) = await collect(pipeline, ["x"], queue_of(4))
+    assert isinstance(outcome.error, OutOfQuotaError)
+    assert set(log.ended) == {("left", "x")}, "it is paid for, and an answer may be kept"
+    assert ("after_left", "x") not in log.began

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmq import LLMQueue, LLMTaskMeta, Priority, Retry
 from llmq.core import Outcome
-from llmq.errors import ProviderError, QueueDrainingError, QueueTimeout, RequestTimeout
+from llmq.errors import OutOfQuotaError, ProviderError, QueueDrainingError, QueueTimeout, RequestTimeout
 from llmq.retry import Kind, Verdict
 from llmq.virtual import VirtualLoop
 
@@ -895,3 +895,16 @@ async def test_no_slot_is_lost_or_exceeded_whatever_happens(steps):
     records = queue.records()
     assert len(records.operations) == len({o.operation_id for o in records.operations})
     assert sum(o.attempts for o in records.operations) == len(records.attempts)
+
+
+async def test_out_of_quota_is_learnt_from_a_slot_too():
+    queue = LLMQueue(1)
+    error = ProviderError("no", status_code=429, body={"code": "insufficient_quota"})
+    meta = LLMTaskMeta(model_name="m")
+    with pytest.raises(ProviderError):
+        async with queue.slot(meta):
+            raise error
+    assert "refusals in a row" in error.__notes__[0]
+    with pytest.raises(OutOfQuotaError):
+        async with queue.slot(meta):
+            pass

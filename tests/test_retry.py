@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from llmq.core import Outcome
 from llmq.errors import ProviderError, QueueTimeout, RequestTimeout
-from llmq.retry import Kind, Retry, Verdict, classify, describe, unqueued
+from llmq.retry import Kind, Retry, Verdict, classify, describe
+from llmq.unqueued import unqueued
 
 
 class SDKError(Exception):

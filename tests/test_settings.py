@@ -204,7 +204,14 @@ def test_the_example_names_every_key_with_its_default_and_a_comment():
     shown = yaml.safe_load(path.read_text())
     assert list(shown) == list(Settings.model_fields)
     examples = {name for name in shown if getattr(Settings(path), name) != getattr(Settings(), name)}
-    assert examples == {"llm_queue_limits", "llm_queue_strict", "llm_queue_fair_share", "models"}
+    assert examples == {
+        "llm_queue_limits",
+        "llm_queue_strict",
+        "llm_queue_fair_share",
+        "llm_prices",
+        "llm_budgets",
+        "models",
+    }
     assert path.read_text().count("Example (default: ") == len(examples)
     assert Settings(path).model_dump(exclude=examples) == Settings().model_dump(exclude=examples)
     assert set(shown["simulate"]) == set(type(Settings().simulate).model_fields)

@@ -75,33 +75,49 @@ class Seats(Resource):
 
 
 class Gate(Resource):
-    """Keeps one model's jobs from starting until a time: the provider said when to come back."""
+    """Keeps one model's jobs from starting until a time: the provider said when to come back. Then it lets them through
+    one by one for a while, and not as a herd."""
 
-    __slots__ = ("held_at", "open_at")
+    __slots__ = ("gap", "held_at", "open_at", "wide_open_at")
 
     def __init__(self, key: str | None, line: Line) -> None:
         super().__init__(key, line)
-        self.held_at = self.open_at = -math.inf
+        self.held_at = self.open_at = self.wide_open_at = -math.inf
+        self.gap = 0.0
 
-    def hold(self, until: float, now: float) -> None:
-        """Stay closed until then, at least."""
+    def hold(self, until: float, now: float, spread_seconds: float = 0.0, slots: int = 1) -> None:
+        """Stay closed until then, at least; then open by so much that `slots` jobs get through in `spread_seconds`."""
         self.held_at = now
         self.open_at = max(self.open_at, until)
+        self.wide_open_at = self.open_at + spread_seconds
+        self.gap = spread_seconds / slots
+
+    def let_back(self, until: float, now: float) -> None:
+        """Open, if it was to open then; not if somebody has closed it for longer."""
+        if self.open_at <= until:
+            self.open_at = min(self.open_at, now)
+
+    def follow(self, other: Gate) -> None:
+        """Be as closed as another one."""
+        self.held_at, self.open_at = other.held_at, other.open_at
+        self.wide_open_at, self.gap = other.wide_open_at, other.gap
 
     def clock_went_back(self, now: float) -> None:
         """Open: the time that was said can no longer be told."""
-        self.open_at = min(self.open_at, now)
+        self.open_at = self.wide_open_at = min(self.open_at, now)
 
     def ready_at(self, tokens: float, now: float) -> float:
         """When it opens."""
         return self.open_at if now >= self.held_at - CLOCK_JUMP_SECONDS else now
 
     def take(self, tokens: float, now: float) -> None:
-        """Nothing is taken."""
+        """Let nobody else through for a moment."""
+        if now < self.wide_open_at:
+            self.open_at = now + self.gap
 
     def idle(self, now: float) -> bool:
-        """Whether it is open."""
-        return self.ready_at(0, now) <= now
+        """Whether it is wide open."""
+        return now >= self.wide_open_at and self.ready_at(0, now) <= now
 
     def is_through(self, now: float) -> bool:
         """Whether it is open, and all that it kept back have been let go."""

@@ -38,6 +38,10 @@ class Drop(Enum):
     OLDEST = "oldest"
     """Made room for a newer one in a full queue."""
     CANCELLED = "cancelled"
+    QUOTA = "quota"
+    """The provider said that there is no money left."""
+    BUDGET = "budget"
+    """What may be spent is spent."""
     DRAINING = "draining"
     CLOSED = "closed"
 

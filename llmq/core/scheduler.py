@@ -35,7 +35,7 @@ from heapq import heapify, heappop, heappush
 
 from llmq.core.capacity import Places, Seats
 from llmq.core.census import Census
-from llmq.core.jobs import NO_META, Counts, Drop, Job, Outcome, Pass, State, Statistics
+from llmq.core.jobs import NO_META, Counts, Drop, Job, Outcome, Pass, Priority, State, Statistics
 from llmq.core.lanes import CLOCK_JUMP_SECONDS, Claim, Lane, Resource
 from llmq.core.policy import Policy, identity
 from llmq.core.rates import Bucket, Rate
@@ -172,12 +172,19 @@ class Scheduler:
         """Start what `deadline` was waited for."""
         return self._settle(now)
 
-    def hold(self, model_name: str | None, until: float, now: float) -> Sequence[Job]:
-        """Keep the waiting jobs of a model from starting until a time."""
+    def hold(self, model_name: str | None, until: float, now: float, *, spread_seconds: float = 0.0) -> Sequence[Job]:
+        """Keep the waiting jobs of a model from starting until a time; then let a full set of slots start over
+        `spread_seconds`."""
         self._now = max(now, self._now)
-        self._registry.gate(model_name).hold(until, now)
+        self._registry.gate(model_name).hold(until, now, spread_seconds, self.limit)
         self._look_for_short_way(now)
         return self._settle(now)
+
+    def let_back(self, model_name: str | None, until: float, now: float) -> None:
+        """The job for whose sake a model was held until then comes back: who is submitted next goes first."""
+        gate = self._registry.gates.get(model_name)
+        if gate is not None:
+            gate.let_back(until, now)
 
     def pause(self, paused: bool, now: float) -> Sequence[Job]:
         """Start nothing more, or go on."""
@@ -227,7 +234,7 @@ class Scheduler:
         self._adopt(policy, registry)
         for model_name, gate in old.gates.items():
             if not gate.idle(now):
-                registry.gate(model_name).hold(gate.open_at, gate.held_at)
+                registry.gate(model_name).follow(gate)
         self._claims = running
         for claim in running.values():
             claim.reserved = claim.reserved if same_rates else None
@@ -291,6 +298,13 @@ class Scheduler:
         """The bounds on waiting that are reached for a job's like, in words."""
         return ", ".join(places.describe() for places in self._registry.places_of(job) if places.full)
 
+    def waiting_by_class(self) -> dict[Priority, int]:
+        """How many wait, in O(lanes)."""
+        found = dict.fromkeys(Priority, 0)
+        for lane in self._registry.lanes.values():
+            found[Priority(lane.priority)] += len(lane.waiting)
+        return found
+
     def statistics(self, now: float) -> Statistics:
         """What is counted, in O(keys). Changes nothing."""
         in_flight = self.in_flight
@@ -310,7 +324,7 @@ class Scheduler:
             dropped=dict(self._dropped),
             ended={outcome: sum(counts.ended[outcome] for counts in by_class.values()) for outcome in Outcome},
             oldest_wait_seconds=max(waits, default=None),
-            held_keys=tuple(key for key, gate in self._registry.gates.items() if not gate.idle(now)),
+            held_keys=tuple(key for key, gate in self._registry.gates.items() if gate.ready_at(0.0, now) > now),
             by_class=by_class,
             by_key=by_key,
         )
@@ -323,6 +337,7 @@ class Scheduler:
         assert self._submitted == self.waiting + self.in_flight - by_pass + gone, "a job was lost or doubled"
         assert len(self._all_passes) == self._lent + len(self._idle_passes)
         assert self.closed or (self._short and self._free >= 0)
+        assert not self._open or not any(gate.line for gate in self._registry.gates.values()), "a gate is passed by"
         assert not self.passes or not (self.waiting or self.closed), "passes are wanted back, and nobody recalls them"
         plain = self.in_flight - len(self._claims)
         assert plain >= by_pass >= 0

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import AnswerError
+from llmq.ledger import Ledger
 from llmq.providers.chat import ChatAnswer, ChatClient, ChatRequest, count_tokens
-from llmq.retry import Retry, unqueued
+from llmq.retry import Retry
 from llmq.runtime import active_queue
+from llmq.unqueued import unqueued
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -89,7 +91,8 @@ class Transcript:
 @dataclass(frozen=True)
 class SessionContext:
     """What the calls of one service share. `models` names another model for a kind of stage (`features`, `mapping`).
-    `rank` puts older services first; `sending` hears of each call just before it is sent, once however often it is
+    `ledger` counts what is sent without a queue. `rank`
+    puts older services first; `sending` hears of each call just before it is sent, once however often it is
     retried."""
 
     service_id: str | None = None
@@ -101,6 +104,7 @@ class SessionContext:
     retry: Retry | None = None
     request_timeout: float | None = None
     sending: Callable[[str], None] | None = None
+    ledger: Ledger | None = None
 
 
 class ConversationSession:
@@ -163,12 +167,14 @@ class ConversationSession:
             unsent = False
             return await self._client.complete(request)
 
-        queue = active_queue()
-        if queue is None:
-            return await unqueued(call, retry=context.retry, request_timeout=context.request_timeout)
         tokens = sum(count_tokens(message["content"]) for message in request.messages) + ANSWER_TOKENS
         meta = LLMTaskMeta(self._stage, request.model, context.service_id, rank=context.rank, tokens=tokens)
-        return await queue.submit(call, meta=meta, retry=context.retry)
+        queue = active_queue()
+        if queue is not None:
+            return await queue.submit(call, meta=meta, retry=context.retry)
+        return await unqueued(
+            call, retry=context.retry, request_timeout=context.request_timeout, meta=meta, ledger=context.ledger
+        )
 
 
 def _parse(answer: type[M], content: str, stage: str) -> M:

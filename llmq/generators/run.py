@@ -2,13 +2,17 @@
 
 Beside OUT stands OUT.calls.jsonl, a line for each call that was sent (service and stage, nothing else). It is how a
 resumed run knows which calls are paid for a second time. A line is written whole or, if the process is killed
-within it, cut off by the next `resume`.
+within it, cut off by the next `resume`. What the calls used, cost and waited is in OUT.report.json and OUT.report.html,
+also of a run that was interrupted or broke. Where nothing more can be started (no budget, no quota), the run stops, and
+who was not done is left; where only one service's budget is used up, that service is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -17,15 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from llmq.errors import ConfigError, InputError
+from llmq.core import LLMTaskMeta
+from llmq.errors import ConfigError, InputError, OutOfQuotaError, QueueHaltedError
 from llmq.generators.ambitions import ambitions_pipeline, ambitions_record
 from llmq.generators.conversation import AnswerCache, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, write_line
 from llmq.generators.plateaus import ServiceItem, plateau_pipeline, plateau_record
 from llmq.generators.services import Catalogues, Service
+from llmq.ledger import Ledger
+from llmq.logs import tell
 from llmq.providers.chat import ChatClient
 from llmq.retry import describe
+from llmq.runtime import active_queue
 from llmq.settings import Settings
+from llmq.summary import RunSummary
 
 GeneratorName = Literal["plateaus", "ambitions"]
 _LINE_START = b'{"service_id": "'
@@ -37,7 +46,10 @@ _GENERATORS = {
 
 @dataclass
 class RunReport:
-    """What came of a run. `calls` and `calls_paid_twice` count over the life of OUT, resumed runs included."""
+    """What came of a run. `calls` and `calls_paid_twice` count over the life of OUT, resumed runs included.
+
+    `halted` says why it stopped early, with `left` services still to do. `summary` is of this run alone.
+    """
 
     out: Path
     quarantine: Path
@@ -47,6 +59,9 @@ class RunReport:
     calls: int = 0
     calls_paid_twice: int = 0
     seconds: float = 0.0
+    left: int = 0
+    halted: str | None = None
+    summary: RunSummary | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.finished} services finished in {self.seconds:.1f} s: {self.out}"]
@@ -54,7 +69,11 @@ class RunReport:
             parts.append(f"{self.skipped} were there already")
         if self.quarantined:
             parts.append(f"{self.quarantined} failed: {self.quarantine} (--resume tries them again)")
+        if self.halted is not None:
+            parts.append(f"Stopped, with {self.left} left to do (--resume goes on): {self.halted}")
         parts.append(f"{self.calls} calls sent, {self.calls_paid_twice} of them paid twice by interruptions or retries")
+        if self.summary is not None:
+            parts += ["", str(self.summary)]
         return "\n".join(parts)
 
 
@@ -78,15 +97,26 @@ async def run_services(
     _check_folders(settings)
     make_pipeline, make_record = _GENERATORS[generator]
     pipeline = make_pipeline(client, catalogues)
-    with files.opened({service.service_id for service in services}, resume=resume) as handles:
+    queue = active_queue()
+    ledger = settings.ledger() if queue is None or queue.ledger is None else queue.ledger
+    with (
+        files.opened({service.service_id for service in services}, resume=resume) as handles,
+        files.reporting(ledger, started_at),
+    ):
         left = [service for service in services if service.service_id not in handles.done]
         report = RunReport(out, files.quarantine, skipped=len(services) - len(left))
+        halted, anybody = False, LLMTaskMeta(model_name=settings.model)
         items = (
-            ServiceItem(service, _context(service, rank, settings, handles.calls)) for rank, service in enumerate(left)
+            ServiceItem(service, _context(service, rank, settings, handles.calls, ledger))
+            for rank, service in itertools.takewhile(lambda _: not halted, enumerate(left))
         )
         async with pipeline.run(items, open_items=settings.concurrency) as outcomes:
             async for outcome in outcomes:
                 service, context = outcome.item.service, outcome.item.context
+                if isinstance(outcome.error, QueueHaltedError):
+                    report.halted = str(outcome.error)  # what is in flight goes on to its end
+                    halted = isinstance(outcome.error, OutOfQuotaError) or ledger.check(anybody) is not None
+                    continue
                 if outcome.error is None:
                     write_line(handles.records, make_record(service, outcome.unwrap()))
                     report.finished += 1
@@ -97,12 +127,14 @@ async def run_services(
                     context.transcript.write()
                 report.seconds = time.monotonic() - started_at
                 on_done(report)
+    report.left = len(left) - report.finished - report.quarantined
     report.calls, report.calls_paid_twice = files.count_calls()
     report.seconds = time.monotonic() - started_at
+    report.summary = ledger.summary(report.seconds)
     return report
 
 
-def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) -> SessionContext:
+def _context(service: Service, rank: int, settings: Settings, calls: IO[str], ledger: Ledger) -> SessionContext:
     def sending(stage: str) -> None:
         write_line(calls, {"service_id": service.service_id, "stage": stage})
 
@@ -117,6 +149,7 @@ def _context(service: Service, rank: int, settings: Settings, calls: IO[str]) ->
         retry=settings.retry,
         request_timeout=settings.request_timeout,
         sending=sending,
+        ledger=ledger,
     )
 
 
@@ -181,6 +214,21 @@ class _Files:
             except OSError as error:
                 raise InputError(f"cannot write to {self.out}: {error.strerror or error}") from None
             yield _Handles(done, records, quarantined, calls)
+
+    @contextlib.contextmanager
+    def reporting(self, ledger: Ledger, started_at: float) -> Iterator[None]:
+        """Write what a run used, however it ends."""
+        try:
+            yield
+        finally:
+            summary = ledger.summary(time.monotonic() - started_at)
+            with contextlib.suppress(OSError):  # of a full disk the records tell
+                Path(f"{self.out}.report.json").write_text(summary.to_json() + "\n", encoding="utf-8")
+                Path(f"{self.out}.report.html").write_text(summary.to_html(), encoding="utf-8")
+            try:
+                ledger.close()
+            except InputError as error:  # the day's totals are behind; the run is not lost for it
+                tell(logging.ERROR, "ledger", "%s", error)
 
     def _done(self) -> set[str]:
         """The services whose record is written."""

@@ -78,6 +78,8 @@ _WORDS = (
     "workflow",
 )
 _MAX_DEPTH = 12
+_MOST_ANSWERS = 4096
+_answers: dict[tuple[int, int, str], ChatAnswer] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,17 @@ def plan(spec: ProviderSpec, request: ChatRequest, attempt: int) -> Plan:
 
 
 def answer_to(spec: ProviderSpec, request: ChatRequest, digest: str) -> ChatAnswer:
-    """The answer's text: JSON that follows the schema if there is one, else plain words."""
+    """The answer's text: JSON that follows the schema if there is one, else plain words. Kept: sweeps ask again."""
+    key = (spec.seed, spec.answer_tokens, digest)
+    found = _answers.get(key)
+    if found is None:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        found = _answers[key] = _new_answer(spec, request, digest)
+    return found
+
+
+def _new_answer(spec: ProviderSpec, request: ChatRequest, digest: str) -> ChatAnswer:
     rng = _rng(spec.seed, "answer", digest)
     if request.schema is None:
         length = max(1, round(spec.answer_tokens * rng.uniform(0.5, 1.5)))

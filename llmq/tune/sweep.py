@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmq.core import LLMTaskMeta, Outcome
-from llmq.errors import ConfigError, ProviderError
+from llmq.errors import ConfigError, ProviderError, QueueHaltedError
 from llmq.items import ItemRun
 from llmq.pipeline import Pipeline
 from llmq.queue import LLMQueue
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 DEFAULT_LEVELS = (1, 2, 4, 8, 16, 32, 64)
 MAX_EXTRA = 8
-_LOOK_SECONDS = 0.01
+_LOOK_SECONDS = (0.01, 0.25)
 _LAG_SECONDS = 0.01
 _FEW_CALLS = 8
 _ERRORS_TO_GIVE_UP = 3
@@ -85,8 +85,8 @@ class Sweep:
         if not self.hidden_retries:
             return answer
         warning = (
-            "Your client retries by itself, so refusals were hidden and this is not to be trusted: switch that off "
-            "(max_retries=0) and measure again."
+            "Your client retries by itself, so refusals were hidden and the 429 share is not to be trusted: hand its "
+            "retries over (llmq.wrap) or switch them off (max_retries=0), and measure again."
         )
         return replace(answer, notes=(warning, *answer.notes))
 
@@ -147,7 +147,8 @@ async def sweep(
     With `out`, each point is saved there as it is measured, and `resume` goes on with what is there.
 
     A plain call holds one slot; what it sends through `llmq.submit` itself takes no second one. Runs on asyncio.
-    Switch the retries of your own client off (`max_retries=0`): hidden ones cannot be counted.
+    Hand the retries of your own client over (`llmq.wrap`) or switch them off (`max_retries=0`): hidden ones cannot be
+    counted.
     Raises what the call raises if nothing but errors of its own comes back, `ProviderError` if no call succeeds, and
     `ConfigError` for what cannot be measured.
     """
@@ -309,7 +310,8 @@ class _Runner:
         with using(queue):
             outcomes = self._start(queue, level)
             consuming = _consume(outcomes, proven=self._proven)
-            run = _Run(queue, refusals, asyncio.create_task(consuming))
+            look_seconds = min(_LOOK_SECONDS[1], max(_LOOK_SECONDS[0], 0.05 * self._service_seconds))
+            run = _Run(queue, refusals, asyncio.create_task(consuming), look_seconds)
         try:
             yield run
         finally:
@@ -339,7 +341,9 @@ class _Runner:
         if done:
             self._service_seconds = sum(done) / len(done)
             self._service_spread = spread(done)
-        self.hidden_retries = self.hidden_retries or run.refusals.hidden_retries
+        seen = any(attempt.seen for attempt in run.queue.records().attempts)
+        hidden = run.queue.hidden_retries or (run.refusals.hidden_retries and not seen)
+        self.hidden_retries = self.hidden_retries or bool(hidden)
 
 
 class _RateRefusals:
@@ -362,10 +366,13 @@ class _RateRefusals:
 class _Run:
     """One level while it runs."""
 
-    def __init__(self, queue: LLMQueue, refusals: _RateRefusals, consumer: asyncio.Task[None]) -> None:
+    def __init__(
+        self, queue: LLMQueue, refusals: _RateRefusals, consumer: asyncio.Task[None], look_seconds: float
+    ) -> None:
         self.queue = queue
         self.refusals = refusals
         self.consumer = consumer
+        self._look_seconds = look_seconds
 
     async def warmed_up(self, service_seconds: float) -> None:
         """Until the level is full and one service time has passed since, or it is plain that it stays unfilled."""
@@ -376,7 +383,7 @@ class _Run:
     async def until(self, deadline: float, enough: Callable[[], bool]) -> None:
         """Until the deadline, or `enough()`, or there is nothing left to do."""
         while clock() < deadline and not self.consumer.done() and not enough():
-            await asyncio.sleep(min(_LOOK_SECONDS, deadline - clock()))
+            await asyncio.sleep(min(self._look_seconds, deadline - clock()))
         self._raise_if_broken()
 
     def succeeded(self) -> int:
@@ -436,8 +443,9 @@ async def _consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
             errors.append(outcome.error)
             verdict = classify(outcome.error)
             hopeless = _ERRORS_TO_GIVE_UP if verdict.kind in (Kind.CALLER, Kind.QUOTA) else _FAILURES_TO_GIVE_UP
-            if len(errors) >= hopeless:
-                if verdict.kind is Kind.CALLER and verdict.status_code is None:
+            halted = isinstance(outcome.error, QueueHaltedError)
+            if halted or len(errors) >= hopeless:
+                if verdict.kind is Kind.CALLER and verdict.status_code is None and not halted:
                     raise outcome.error  # a bug in the caller's own code
                 raise ProviderError(
                     f"none of the first {len(errors)} calls succeeded ({describe(outcome.error)}); there is nothing to "

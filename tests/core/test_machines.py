@@ -55,6 +55,7 @@ class ExactMachine(RuleBasedStateMachine):
         self.waiting = []
         self.running = set()
         self.holds = {}
+        self.spreads = {}
         self.buckets = {}
 
     def may_start(self, job):
@@ -80,6 +81,9 @@ class ExactMachine(RuleBasedStateMachine):
             self.waiting.remove(job)
             self.running.add(job)
             started.append(job)
+            wide_open_at, gap = self.spreads.get(job.meta.model_name, (0, 0))
+            if self.now < wide_open_at:
+                self.holds[job.meta.model_name] = self.now + gap
             if self.rate is not None:
                 at, level = self.buckets.get(job.meta.model_name, (0.0, self.rate.burst))
                 level = min(self.rate.burst, level + (self.now - at) * self.per_second)
@@ -128,10 +132,11 @@ class ExactMachine(RuleBasedStateMachine):
         self.paused = paused
         assert self.scheduler.pause(paused, self.now) == self.settle()
 
-    @rule(model=MODELS, seconds=st.sampled_from([0.25, 3.0]))
-    def hold(self, model, seconds):
+    @rule(model=MODELS, seconds=st.sampled_from([0.25, 3.0]), spread=st.sampled_from([0, 1.0]))
+    def hold(self, model, seconds, spread):
         self.holds[model] = max(self.holds.get(model, 0), self.now + seconds)
-        assert self.scheduler.hold(model, self.now + seconds, self.now) == self.settle()
+        self.spreads[model] = (self.holds[model] + spread, spread / self.limit)
+        assert self.scheduler.hold(model, self.now + seconds, self.now, spread_seconds=spread) == self.settle()
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 10.0]))
     def time_passes(self, seconds):
@@ -265,9 +270,9 @@ class MixedMachine(RuleBasedStateMachine):
     def refuse(self, why):
         self.note(self.scheduler.refuse(why, self.now))
 
-    @rule(model=MODELS, seconds=st.floats(0, 20))
-    def hold(self, model, seconds):
-        self.note(self.scheduler.hold(model, self.now + seconds, self.now))
+    @rule(model=MODELS, seconds=st.floats(0, 20), spread=st.floats(0, 2))
+    def hold(self, model, seconds, spread):
+        self.note(self.scheduler.hold(model, self.now + seconds, self.now, spread_seconds=spread))
 
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds):
