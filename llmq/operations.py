@@ -320,7 +320,7 @@ class Operation:
 
     def sending(self, host: str, path: str) -> Sent:
         """Note that a request leaves for this call."""
-        sent = Sent(self, host, path)
+        sent = Sent(self)
         if self.sent is None:
             self.sent = []
         resend = self.attempts - 1 + len(self.sent)

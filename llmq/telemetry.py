@@ -8,7 +8,8 @@ Rules
 - An *operation* (`llm_queue.submit`) is what a caller submits; an *attempt* (`chat MODEL`) is one request to a provider
   where those are seen (`llmq.wrap`), else one call in a slot.
 - Counters, depth and limits are counted by us and read when somebody collects them: they cost a call nothing. Only
-  histograms are recorded call by call, after its slot was given back. Sets of attributes are made once.
+  histograms are recorded call by call: the depth when a slot is asked for, all that a call's end tells after its slot
+  was given back. Sets of attributes are made once.
 - Metric attributes are bounded: `features_3` reports stage `features` and plateau 3, and past `MAX_VALUES` values
   an attribute says `_other`. Ids, prompts and messages of exceptions never become attributes of a metric
   (`service_id` may, where the user says so); spans carry the ids, never prompts or messages, unless `content` is set.

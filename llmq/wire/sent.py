@@ -102,14 +102,12 @@ class Sent:
         "error",
         "first_chunk_at",
         "gaps",
-        "host",
         "input_tokens",
         "known",
         "last_chunk_at",
         "late",
         "number",
         "output_tokens",
-        "path",
         "request_headers",
         "response_model",
         "sent_at",
@@ -119,10 +117,8 @@ class Sent:
         "verdict",
     )
 
-    def __init__(self, operation: Operation, host: str, path: str) -> None:
+    def __init__(self, operation: Operation) -> None:
         self._operation: Operation | None = operation
-        self.host = host
-        self.path = path
         self.sent_at = waiters.now()
         self.ended_at: float | None = None
         self.status_code: int | None = None
