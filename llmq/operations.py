@@ -7,6 +7,7 @@ in force) and a slot is free, it is its own place in the queue and its own recor
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -376,7 +377,9 @@ class Operation:
     def has_ended(self, sent: Sent, *, collected: bool) -> None:
         """A request is over; if it was what the call still lasted for, so is the call, as its streams ended."""
         if sent.late:
-            if not collected:
+            if collected:
+                self.queue._orphans.append(functools.partial(self._tell_of, sent, waiters.now()))
+            else:
                 self._tell_of(sent, waiters.now())
         elif self.lingers and not self.pending:
             if collected:  # perhaps in the middle of anything
@@ -400,7 +403,7 @@ class Operation:
 
     def abandon(self, *, in_attempt: bool = True) -> None:
         """End everything from a finaliser."""
-        self.queue._orphans.append((self, in_attempt, waiters.now()))
+        self.queue._orphans.append(functools.partial(self.record_abandoned, waiters.now(), in_attempt=in_attempt))
         self.queue._give_back(self, self.job if in_attempt else None)
 
     async def back_off(self, delay_seconds: float, verdict: Verdict) -> None:

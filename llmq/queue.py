@@ -176,7 +176,7 @@ class LLMQueue:
         self._scheduler = Scheduler(policy)
         self._lock = threading.Lock()
         self._inbox: deque[_Return] = deque()
-        self._orphans: deque[tuple[Operation, bool, float]] = deque()
+        self._orphans: deque[Callable[[], None]] = deque()
         self._leaked: deque[str] = deque()
         self._open: set[Operation] = set()
         self._backing_off: set[Operation] = set()
@@ -675,9 +675,11 @@ class LLMQueue:
     def _bury_orphans(self) -> None:
         """Tell of what ended in a finaliser, which must not do so itself: telemetry and logging take locks."""
         while self._orphans:
-            with suppress(IndexError):
-                operation, in_attempt, at = self._orphans.popleft()
-                operation.record_abandoned(at, in_attempt=in_attempt)
+            try:
+                record = self._orphans.popleft()
+            except IndexError:  # another thread was quicker
+                break
+            record()
         while self._leaked:
             with suppress(IndexError):
                 tell(

@@ -1230,3 +1230,22 @@ async def test_a_refusal_that_the_call_got_over_itself_is_no_reason_to_repeat_it
             with pytest.raises(ConnectionError):
                 await queue.submit(call)
             assert server.requests == 1
+
+
+async def test_an_answer_that_outlives_its_call_and_is_dropped_is_recorded():
+    queue = make_queue(1)
+    with serving(streaming(OPENAI_STREAM, waits_after=1)) as server:
+        async with llmq.AsyncTransport() as transport:
+            kept = []
+
+            async def call():
+                kept.append(await transport.handle_async_request(httpx2.Request("POST", server.url, json={})))
+                raise ValueError("of the caller's own")
+
+            with pytest.raises(ValueError, match="own"):
+                await queue.submit(call)
+            assert_idle(queue)
+            assert not queue.records().attempts, "it is not over"
+            kept.clear()
+            await eventually(lambda: len(queue.records().attempts) == 1)
+    assert queue.records().attempts[0].outcome == "cancelled"
