@@ -17,7 +17,8 @@
     ├── RequestTimeout         (TimeoutError)  ran longer than request_timeout in its slot
     ├── ProviderError                          a provider's answer that is not a success
     │   └── StreamCutError                     a streamed answer that ended before its last event
-    └── AnswerError            (ValueError)    an answer that is not what was asked for
+    ├── AnswerError            (ValueError)    an answer that is not what was asked for
+    └── VirtualTimeError       (RuntimeError)  sockets, processes or threads under a virtual clock
 
 What a caller's own function raises passes through the queue unchanged and is none of these.
 """
@@ -119,3 +120,7 @@ class StreamCutError(ProviderError):
 
 class AnswerError(LLMQError, ValueError):
     """An answer arrived but is not what was asked for (not JSON, or not of the asked schema)."""
+
+
+class VirtualTimeError(LLMQError, RuntimeError):
+    """Something was asked of a virtual clock that runs in real time: a socket, a process, a worker thread."""

@@ -37,6 +37,7 @@ from pydantic_settings import (
 
 from llmq.core import Cap, Depth, FairShare, Policy, Priority, Rate
 from llmq.core.policy import AGEING_SECONDS
+from llmq.core.rates import paces
 from llmq.errors import ConfigError
 from llmq.ledger import Budget, Ledger, Price, check_budgets
 from llmq.providers.spec import ProviderSpec
@@ -209,6 +210,12 @@ class Settings(BaseSettings):
     llm_queue_limits: tuple[LimitEntry, ...] = Field(
         (), description="Caps, rates and depths, by model or any other field or label; all of them hold."
     )
+    llm_queue_requests_per_minute: Positive | None = Field(
+        None, description="Starts in a minute, in all, evenly paced; null: no pace. Short for an entry of the limits."
+    )
+    llm_queue_tokens_per_minute: Positive | None = Field(
+        None, description="Tokens in a minute, in all, evenly paced; null: no pace. Short for an entry of the limits."
+    )
     llm_queue_max_queued: Places | None = Field(None, description="Calls that may wait, in all; null: no bound.")
     llm_queue_overflow: Literal["wait", "reject", "drop_oldest"] = Field(
         "wait", description="What a full queue does: callers wait, the newest is refused, the oldest dropped."
@@ -328,7 +335,11 @@ class Settings(BaseSettings):
         depth = () if self.llm_queue_max_queued is None else (Depth(self.llm_queue_max_queued),)
         return Policy(
             self.llm_queue_concurrency,
-            (*(entry.made() for entry in self.llm_queue_limits), *depth),
+            (
+                *(entry.made() for entry in self.llm_queue_limits),
+                *paces(self.llm_queue_requests_per_minute, self.llm_queue_tokens_per_minute),
+                *depth,
+            ),
             self.llm_queue_overflow,
             self.llm_queue_ageing_seconds,
             frozenset(Priority[name.upper()] for name in self.llm_queue_strict),
@@ -340,10 +351,14 @@ class Settings(BaseSettings):
         """How much may be used."""
         return tuple(entry.made() for entry in self.llm_budgets)
 
+    @property
+    def prices(self) -> dict[str, Price]:
+        """By model."""
+        return {model: entry.made() for model, entry in self.llm_prices.items()}
+
     def ledger(self) -> Ledger:
         """A new ledger; it goes on from the day's totals if there is a file of them. Raises InputError."""
-        prices = {model: entry.made() for model, entry in self.llm_prices.items()}
-        return Ledger(prices, self.budgets, path=self.llm_budget_ledger)
+        return Ledger(self.prices, self.budgets, path=self.llm_budget_ledger)
 
     @property
     def stage_models(self) -> dict[str, str]:

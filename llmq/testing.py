@@ -7,6 +7,7 @@ with asyncio.Runner(loop_factory=VirtualLoop) as runner: ...
 
 from typing import TYPE_CHECKING, Any
 
+from llmq.errors import VirtualTimeError
 from llmq.providers.chat import ChatAnswer, ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
@@ -22,6 +23,7 @@ __all__ = [
     "SimulatedProvider",
     "VirtualDeadlock",
     "VirtualLoop",
+    "VirtualTimeError",
     "serve_provider",
 ]
 

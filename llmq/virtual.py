@@ -3,15 +3,24 @@
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main())          # an hour of asyncio.sleep takes a moment
 
-Only what waits by the loop's own timers is virtual. Sockets, threads and processes run in real time and are
-not waited for. trio has its own virtual clock, `trio.testing.MockClock(autojump_threshold=0)`.
+Only what waits by the loop's own timers is virtual. Sockets, processes and worker threads run in real time, and no
+jump would wait for them, so they are refused with `VirtualTimeError`:
+
+- what asks the loop for them (connections, servers, name look-ups, subprocesses, `asyncio.to_thread`) meets the error
+  where it asks. An SDK may wrap it: it is then the `__cause__` of openai's `APIConnectionError`.
+- `anyio.to_thread.run_sync` starts its thread past the loop. The error ends the loop's run, as soon as time would jump.
+
+A plain thread may still wake a task (`call_soon_threadsafe`) that waits for it while others are busy; the clock does
+not wait for it. trio has its own virtual clock, `trio.testing.MockClock(autojump_threshold=0)`.
 """
 
 import asyncio
 import selectors
+import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from llmq.errors import VirtualTimeError
 from llmq.waiters import use_loop_clocks
 
 
@@ -20,7 +29,10 @@ class VirtualDeadlock(RuntimeError):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An asyncio event loop whose `time()` starts at 0 and moves only when every task waits."""
+    """An asyncio event loop whose `time()` starts at 0 and moves only when every task waits.
+
+    What cannot be virtual raises `VirtualTimeError`, see the module.
+    """
 
     def __init__(self) -> None:
         self._virtual_seconds = 0.0
@@ -42,15 +54,28 @@ class _JumpingSelector(selectors.BaseSelector):
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
         self._real = selectors.DefaultSelector()
+        self._threads = threading.active_count()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = self._real.select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
+        self._refuse_workers()
         if timeout is None:
-            raise VirtualDeadlock(f"nothing is left to run or to wait for at virtual {self._loop.time():.6f} s")
+            raise VirtualDeadlock(
+                f"nothing is left to run or to wait for at virtual {self._loop.time():.6f} s "
+                "(what only a thread would wake is not waited for)"
+            )
         self._loop.jump(timeout)
         return []
+
+    def _refuse_workers(self) -> None:
+        """Raise if a worker thread of anyio serves the loop. It is one that the loop did not see start."""
+        if threading.active_count() == self._threads:
+            return
+        if any(getattr(thread, "loop", None) is self._loop for thread in threading.enumerate()):
+            raise VirtualTimeError(_message("a worker thread (anyio.to_thread.run_sync)"))
+        self._threads = threading.active_count()
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._real.register(fileobj, events, data)
@@ -66,3 +91,34 @@ class _JumpingSelector(selectors.BaseSelector):
 
     def close(self) -> None:
         self._real.close()
+
+
+def _message(asked_for: str) -> str:
+    return (
+        f"{asked_for} was asked for on a VirtualLoop, whose clock would not wait for it. "
+        "Call the in-process provider (llmq.testing.SimulatedProvider), or run in real time, on a plain asyncio loop."
+    )
+
+
+_REAL_TIME_ONLY = {
+    "a socket": (
+        "create_connection create_unix_connection create_server create_unix_server create_datagram_endpoint "
+        "connect_accepted_socket start_tls sendfile sock_connect sock_accept sock_recv sock_recv_into sock_recvfrom "
+        "sock_recvfrom_into sock_sendall sock_sendto sock_sendfile add_reader add_writer"
+    ),
+    "a name look-up": "getaddrinfo getnameinfo",
+    "a process or pipe": "subprocess_exec subprocess_shell connect_read_pipe connect_write_pipe",
+    "a worker thread": "run_in_executor",
+}
+
+
+def _refusal(asked_for: str, name: str) -> Any:
+    def refuse(self: VirtualLoop, *args: object, **options: object) -> NoReturn:
+        raise VirtualTimeError(_message(f"{asked_for} ({name})"))
+
+    return refuse
+
+
+for _asked_for, _names in _REAL_TIME_ONLY.items():
+    for _name in _names.split():
+        setattr(VirtualLoop, _name, _refusal(_asked_for, _name))

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from llmq.errors import ProviderError
 from llmq.providers.chat import ChatRequest
+from llmq.providers.dialects import limit_headers
 from llmq.providers.limits import Bucket, Limits, Refused
 from llmq.providers.model import plan
 from llmq.providers.simulated import SimulatedProvider
@@ -29,6 +30,18 @@ def test_a_plan_depends_on_seed_body_and_attempt_only():
     assert plan(spec, ask("a"), 1).answer.content != plan(other, ask("a"), 1).answer.content
     clean = ProviderSpec()
     assert plan(clean, ask("a"), 1).answer == plan(clean, ask("a"), 2).answer, "the answer itself is one for all"
+
+
+def test_the_draws_of_a_seed_stay_what_they_are():
+    spec = ProviderSpec(error_ratio=0.4)
+    found = [plan(spec, ask("hello"), attempt) for attempt in (1, 2, 3, 4)]
+    assert [(p.service_seconds, p.fault) for p in found] == [
+        (0.08668859392795825, None),
+        (0.10972344296942581, None),
+        (0.07395121083042556, None),
+        (0.07348329562455937, "error"),
+    ]
+    assert found[0].answer.content.startswith("Access measured trusted ")
 
 
 def test_latency_has_the_mean_that_was_asked_for():
@@ -80,6 +93,24 @@ def test_what_is_no_behaviour_is_refused():
         ProviderSpec(latncy_seconds=1)
     with pytest.raises(ValidationError, match="error_ratio"):
         ProviderSpec(error_ratio=2)
+    with pytest.raises(ValidationError, match="limit_factors"):
+        ProviderSpec(limit_factors=())
+    with pytest.raises(ValidationError, match="limit_factors"):
+        ProviderSpec(limit_factors=(1, 0))
+    with pytest.raises(ValidationError, match="retry_after"):
+        ProviderSpec(retry_after="never")
+
+
+@pytest.mark.parametrize("name", ["seconds_per_token", "refusal_seconds"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_times_are_finite(name, value):
+    with pytest.raises(ValidationError, match=name):
+        ProviderSpec(**{name: value})
+
+
+def test_a_limit_factor_is_a_million_at_most():
+    with pytest.raises(ValidationError, match="limit_factors"):
+        ProviderSpec(limit_factors=(1.0, 1e7))
 
 
 def test_a_bucket_by_hand():
@@ -119,7 +150,7 @@ def test_limits_say_which_and_when_and_take_nothing_when_they_refuse():
     assert limits.refuses(9, 0, 1.0) is None, "the refusal took no token"
     assert limits.refuses(50, 0, 2.0) is None, "more than the bucket holds goes when it is full"
     assert limits.refuses(10, 0, 3.0) == Refused("tokens", 4.0)
-    assert limits.headers(7.0) == {
+    assert limit_headers(ProviderSpec(), limits.states(7.0), 0.0) == {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "1",
         "x-ratelimit-reset-requests": "0.000s",

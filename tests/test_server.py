@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from llmq import LLMQueue, Retry, classify
+from llmq.dialects import rate_limit_state
 from llmq.errors import AnswerError, ConfigError
 from llmq.providers.chat import ChatRequest
 from llmq.providers.openai_client import OpenAICompatibleClient
@@ -239,3 +240,50 @@ async def test_loopback_is_told_from_the_address(monkeypatch, url, loopback):
     client = OpenAICompatibleClient(url)
     assert client.is_loopback is loopback
     await client.aclose()
+
+
+async def test_over_http_the_quirks_are_the_same():
+    quirks = {"dialect": "anthropic", "window": "fixed", "limit_factors": (1, 0.5), "factor_seconds": 3600}
+    with serve_provider(requests_per_minute=60, bucket_seconds=60, latency_seconds=0.001, **quirks) as found:
+        async with openai.AsyncOpenAI(base_url=found.url, api_key="none", max_retries=0) as client:
+            message = [{"role": "user", "content": "tell"}]
+            response = await client.chat.completions.with_raw_response.create(model="m", messages=message)
+    (state,) = rate_limit_state(response.headers)
+    assert (state.dimension, state.limit, state.remaining) == ("requests", 60, 59)
+    assert 0 < state.reset_seconds <= 60
+
+
+async def test_over_http_a_lie_is_told_and_a_bare_refusal_says_nothing():
+    for spec, limit_type, wait in (
+        ({"dialect": "azure", "retry_after": 7}, "requests", 7),
+        ({"dialect": "bare"}, "unknown", None),
+        ({"dialect": "anthropic", "retry_after": "none"}, "requests", None),
+    ):
+        with serve_provider(requests_per_minute=1, bucket_seconds=1, latency_seconds=0.001, **spec) as found:
+            async with client_of(found) as client:
+                await client.complete(ask("a"))
+                with pytest.raises(openai.RateLimitError) as caught:
+                    await client.complete(ask("b"))
+        verdict = classify(caught.value)
+        assert (verdict.kind, verdict.limit_type) == (Kind.RATE, limit_type)
+        told = {name: value for name, value in caught.value.response.headers.items() if name.startswith("retry")}
+        assert told == ({} if wait is None else {"retry-after-ms": str(wait * 1000)})
+
+
+async def test_over_http_the_server_has_a_line_of_its_own_and_refuses_at_random():
+    with serve_provider(latency_seconds=0.05, sigma=0, server_slots=1, refusal_ratio=0.5) as found:
+        queue = LLMQueue(8, telemetry=None)
+        async with client_of(found) as client:
+            await asyncio.gather(
+                *[
+                    queue.submit(lambda n=n: client.complete(ask(f"q{n}")), retry=Retry(30, base=0.01, cap=0.02))
+                    for n in range(8)
+                ]
+            )
+        stats = found.stats(calls=True)
+    assert stats["admitted"] == 8
+    assert stats["refused_by_type"] == {"random": stats["refused"]}
+    assert stats["requests"] == 8 + stats["refused"] > 8
+    answered = [call for call in stats["calls"] if call["status"] == 200]
+    spans = max(call["ended_at"] for call in answered) - min(call["started_at"] for call in answered)
+    assert spans >= 8 * 0.05 - 1e-6, "one after the other"

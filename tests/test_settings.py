@@ -148,6 +148,46 @@ def test_limits_from_yaml_become_the_queues():
     )
 
 
+def test_paces_are_limits_of_the_queue_in_short():
+    write(
+        "llm_queue_requests_per_minute: 297\nllm_queue_tokens_per_minute: 30000\nllm_queue_limits: [{cap: 4, by: a}]\n"
+    )
+    limits = Settings().queue_policy.limits
+    assert limits == (Cap(4, by="a"), Rate(297), Rate(30000, of="tokens", burst=125)), "evenly paced, tokens nearly"
+    assert Settings(llm_queue_requests_per_minute=None).queue_policy.limits == (Cap(4, by="a"), limits[2])
+
+
+def test_no_pace_is_the_default():
+    found = Settings()
+    assert (found.llm_queue_requests_per_minute, found.llm_queue_tokens_per_minute) == (None, None)
+    assert found.queue_policy.limits == ()
+
+
+def test_paces_by_environment_and_null(monkeypatch):
+    write("llm_queue_requests_per_minute: 297\n")
+    monkeypatch.setenv("SA_LLM_QUEUE_TOKENS_PER_MINUTE", "0.5")
+    monkeypatch.setenv("SA_LLM_QUEUE_REQUESTS_PER_MINUTE", "null")
+    found = Settings()
+    assert (found.llm_queue_requests_per_minute, found.llm_queue_tokens_per_minute) == (None, 0.5)
+
+
+@pytest.mark.parametrize("name", ["llm_queue_requests_per_minute", "llm_queue_tokens_per_minute"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("0", "greater than 0, got 0"), ("-5", "greater than 0"), (".inf", "finite"), ("true", "."), ("fast", "'fast'")],
+)
+def test_a_pace_is_more_than_nothing_and_finite(name, value, message):
+    write(f"{name}: {value}\n")
+    with pytest.raises(ConfigError, match=rf"{name} \(config/app.yaml\): .*{message}"):
+        Settings()
+
+
+def test_a_pace_and_the_same_limit_in_the_list_are_one_too_many():
+    write("llm_queue_requests_per_minute: 297\nllm_queue_limits: [{rate: 500}]\n")
+    with pytest.raises(ConfigError, match="two limits of the same"):
+        Settings()
+
+
 def test_limits_from_the_environment_are_json(monkeypatch):
     monkeypatch.setenv("SA_LLM_QUEUE_LIMITS", '[{"cap": 2, "by": "model_name"}, {"rate": 5, "per": "second"}]')
     monkeypatch.setenv("SA_LLM_QUEUE_STRICT", '["urgent"]')

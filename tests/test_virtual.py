@@ -1,8 +1,14 @@
 import asyncio
+import threading
 import time
 
+import aiohttp
+import anyio
+import anyio.to_thread
+import openai
 import pytest
 
+from llmq.errors import VirtualTimeError
 from llmq.virtual import VirtualDeadlock, VirtualLoop
 
 
@@ -34,3 +40,86 @@ def test_what_would_hang_raises_and_names_the_time():
         pytest.raises(VirtualDeadlock, match=r"virtual 7\.000000 s"),
     ):
         runner.run(main())
+
+
+async def ask_aiohttp():
+    async with aiohttp.ClientSession() as session, session.get("http://127.0.0.1:9/"):
+        pass
+
+
+async def ask_aiohttp_by_name():
+    async with aiohttp.ClientSession() as session, session.get("http://localhost:9/"):
+        pass
+
+
+async def ask_openai():
+    async with openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0) as client:
+        await client.models.list()
+
+
+async def ask_a_thread():
+    await asyncio.to_thread(time.monotonic)
+
+
+async def ask_a_process():
+    await asyncio.create_subprocess_exec("true")
+
+
+async def be_a_server():
+    await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("main", "asked_for"),
+    [
+        (ask_aiohttp, "a socket"),
+        (ask_aiohttp_by_name, "a name look-up"),
+        (ask_openai, "a worker thread"),
+        (ask_a_thread, "a worker thread"),
+        (ask_a_process, "a process or pipe"),
+        (be_a_server, "a socket"),
+    ],
+)
+def test_what_runs_in_real_time_is_refused_where_it_is_asked_for(main, asked_for):
+    async def caught():
+        with pytest.raises(VirtualTimeError, match=rf"{asked_for} \(\w+\).*llmq\.testing\.SimulatedProvider"):
+            await main()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(caught())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_worker_thread_of_anyio_ends_the_run(busy):
+    """Whether the clock would jump past it, or nothing else is there to do."""
+    let_go = threading.Event()
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            if busy:
+                group.start_soon(anyio.sleep, 3600)
+            try:
+                await anyio.to_thread.run_sync(let_go.wait)
+            finally:
+                let_go.set()
+
+    with (
+        asyncio.Runner(loop_factory=VirtualLoop) as runner,
+        pytest.raises(VirtualTimeError, match=r"anyio\.to_thread\.run_sync"),
+    ):
+        runner.run(main())
+
+
+def test_a_thread_may_wake_a_task_but_is_not_waited_for():
+    async def main():
+        woken = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        thread = threading.Thread(target=loop.call_soon_threadsafe, args=(woken.set,))
+        thread.start()
+        thread.join()
+        await woken.wait()
+        await asyncio.sleep(5)
+        return loop.time()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(main()) == 5

@@ -26,6 +26,7 @@ _SHY = 1 - 1e-9
 _MAX_LATE_SECONDS = 0.25
 """A timer that comes late is caught up with, so that the rate is really reached; after more than this it is not."""
 
+_TOKENS_AHEAD_SECONDS = 0.25
 _WEIGHT_OF_NEW = 1 / 8
 
 
@@ -67,6 +68,20 @@ class Rate:
     def resource(self, key: str | None, line: Line) -> Bucket:
         """What enforces it for one value."""
         return Bucket(key, line, self)
+
+
+def paces(requests_per_minute: float | None, tokens_per_minute: float | None) -> tuple[Rate, ...]:
+    """What holds starts to an even pace, in all; None: no pace.
+
+    Tokens may be ahead by a quarter of a second's worth: what a call is found to have used less than it reserved would
+    else be lost whenever nothing is owed.
+    """
+    found = []
+    if requests_per_minute is not None:
+        found.append(Rate(requests_per_minute))
+    if tokens_per_minute is not None:
+        found.append(Rate(tokens_per_minute, of="tokens", burst=tokens_per_minute / 60 * _TOKENS_AHEAD_SECONDS))
+    return tuple(found)
 
 
 class Bucket(Resource):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,6 +83,16 @@ _MOST_ANSWERS = 4096
 _answers: dict[tuple[int, int, str], ChatAnswer] = {}
 
 
+class _Generators(threading.local):
+    """A thread's own random generator, seeded anew for each use: to make one costs twice as much."""
+
+    def __init__(self) -> None:
+        self.one = random.Random()
+
+
+_generators = _Generators()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What will happen to one request: seconds at no load, fault or none, and the answer."""
@@ -91,15 +102,16 @@ class Plan:
     answer: ChatAnswer
 
 
-def plan(spec: ProviderSpec, request: ChatRequest, attempt: int) -> Plan:
-    """What happens to the `attempt`-th (from 1) sending of a request.
+def plan(spec: ProviderSpec, request: ChatRequest, attempt: int, digest: str | None = None) -> Plan:
+    """What happens to the `attempt`-th (from 1) sending of a request; `digest` is the request's, where it is known.
 
     Latency is log-normal with mean `latency_seconds + seconds_per_token * completion tokens`. The answer is the
     same for every attempt; latency and fault are drawn anew.
     """
-    digest = request.digest()
+    digest = digest or request.digest()
     answer = answer_to(spec, request, digest)
-    rng = _rng(spec.seed, "attempt", digest, attempt)
+    rng = _generators.one
+    rng.seed(_seed(spec.seed, "attempt", digest, attempt))
     mean = spec.latency_seconds + spec.seconds_per_token * answer.completion_tokens
     seconds = mean * math.exp(spec.sigma * rng.gauss(0.0, 1.0) - spec.sigma**2 / 2)
     if request.stage is not None:
@@ -108,6 +120,19 @@ def plan(spec: ProviderSpec, request: ChatRequest, attempt: int) -> Plan:
     if fault == "malformed":
         answer = ChatAnswer(answer.content[: len(answer.content) // 2], answer.prompt_tokens, answer.completion_tokens)
     return Plan(seconds, fault, answer)
+
+
+def refused_at_random(spec: ProviderSpec, digest: str, sending: int) -> bool:
+    """Whether the `sending`-th (from 1) of a body meets `refusal_ratio`; what limits refuse is not counted."""
+    return spec.refusal_ratio > 0 and _rng(spec.seed, "refusal", digest, sending).random() < spec.refusal_ratio
+
+
+def cold_factor(spec: ProviderSpec, age_seconds: float) -> float:
+    """The latency factor of a server `age_seconds` after its first request: from `cold_factor` linearly down to 1."""
+    age_seconds = max(0.0, age_seconds)  # threads may come in another order than their clocks were read
+    if age_seconds >= spec.cold_seconds:
+        return 1.0
+    return 1.0 + (spec.cold_factor - 1.0) * (1.0 - age_seconds / spec.cold_seconds)
 
 
 def answer_to(spec: ProviderSpec, request: ChatRequest, digest: str) -> ChatAnswer:
@@ -133,7 +158,11 @@ def _new_answer(spec: ProviderSpec, request: ChatRequest, digest: str) -> ChatAn
 
 
 def _rng(*parts: object) -> random.Random:
-    return random.Random(hashlib.sha256(repr(parts).encode()).digest())
+    return random.Random(_seed(*parts))
+
+
+def _seed(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
 
 
 def _fault(spec: ProviderSpec, draw: float) -> Fault | None:

@@ -60,19 +60,20 @@ def create_app(provider: SimulatedProvider) -> Starlette:
             exchange = provider.begin(chat, time.monotonic())
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             return _error(400, f"cannot follow the schema: {error!r}", "invalid_request_error")
+        headers = exchange.headers(time.time())
         if exchange.refused is not None:
             await asyncio.sleep(exchange.seconds)
             provider.end(exchange, 429, time.monotonic())
-            return JSONResponse({"error": exchange.body_of_refusal}, 429, headers=exchange.headers)
+            return JSONResponse({"error": exchange.body_of_refusal}, 429, headers=headers)
         assert exchange.plan is not None
         if body.get("stream") and exchange.plan.fault not in ("error", "timeout"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             events = _stream(provider, exchange, exchange.plan, usage=usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=exchange.headers)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         if not await _sleep_while_connected(request, exchange.seconds):
             provider.end(exchange, 0, time.monotonic())
             return Response(status_code=_CLIENT_GONE)
-        response = _response(exchange, exchange.plan)
+        response = _response(exchange, exchange.plan, headers)
         provider.end(exchange, response.status_code, time.monotonic())
         return response
 
@@ -190,14 +191,14 @@ async def _sleep_while_connected(request: Request, seconds: float) -> bool:
     return not done
 
 
-def _response(exchange: Exchange, plan: Plan) -> Response:
+def _response(exchange: Exchange, plan: Plan, headers: dict[str, str]) -> Response:
     match plan.fault:
         case "error":
-            return _error(500, "injected by error_ratio", "server_error", exchange.headers)
+            return _error(500, "injected by error_ratio", "server_error", headers)
         case "timeout":
-            return _error(504, "injected by timeout_ratio", "server_error", exchange.headers)
+            return _error(504, "injected by timeout_ratio", "server_error", headers)
     content = json.dumps(_completion(exchange, plan)).encode()
-    headers = {**exchange.headers, "content-type": "application/json"}
+    headers = {**headers, "content-type": "application/json"}
     if plan.fault == "cut":
         return StreamingResponse(_cut(content), headers={**headers, "content-length": str(len(content))})
     return Response(content, headers=headers)
