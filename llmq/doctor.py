@@ -54,6 +54,9 @@ def complain(settings: Settings) -> Iterator[str]:
             yield "provider is openai, and the SDK is not installed: pip install 'llmq-toolkit[openai]'"
     if settings.llm_queue_limits and not settings.llm_queue_enabled:
         yield "llm_queue_limits are set, and llm_queue_enabled is false: none of them holds"
+    for pace in ("llm_queue_requests_per_minute", "llm_queue_tokens_per_minute"):
+        if getattr(settings, pace) is not None and not settings.llm_queue_enabled:
+            yield f"{pace} is set, and llm_queue_enabled is false: nothing is paced"
     if settings.retry_attempts == 1:
         yield "retry_attempts is 1: a single refusal ends a call"
     if settings.request_timeout is None:

@@ -286,4 +286,4 @@ async def test_over_http_the_server_has_a_line_of_its_own_and_refuses_at_random(
     assert stats["requests"] == 8 + stats["refused"] > 8
     answered = [call for call in stats["calls"] if call["status"] == 200]
     spans = max(call["ended_at"] for call in answered) - min(call["started_at"] for call in answered)
-    assert spans >= 0.95 * 8 * 0.05, "one after the other"
+    assert spans >= 8 * 0.05 - 0.001, "one after the other; a timer may ring within the clock's resolution"

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from llmq import Cap, Depth, FairShare, Policy, Priority, Rate, RuntimeEnv
+from llmq.doctor import complain
 from llmq.errors import ConfigError
 from llmq.settings import Settings
 
@@ -265,3 +266,10 @@ def test_the_checked_in_settings_leave_the_queue_off():
     found = Settings(PROJECT / "config" / "app.yaml")
     assert not found.llm_queue_enabled
     assert found.source_of("llm_queue_enabled") == "default"
+
+
+@pytest.mark.parametrize("pace", ["llm_queue_requests_per_minute", "llm_queue_tokens_per_minute"])
+def test_doctor_says_that_a_pace_holds_only_with_the_flag(pace):
+    said = f"{pace} is set, and llm_queue_enabled is false: nothing is paced"
+    assert said in list(complain(Settings(**{pace: 300})))
+    assert said not in list(complain(Settings(**{pace: 300}, llm_queue_enabled=True)))
