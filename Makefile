@@ -10,7 +10,7 @@ EXTRAS := all,test,bench
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
 DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
-.PHONY: tune test coverage receivers mutants bench bench-readme soak pace notebooks lint clean
+.PHONY: tune test acceptance coverage receivers mutants bench bench-tables bench-readme soak pace judge notebooks lint clean
 .DEFAULT_GOAL := tune
 
 tune: $(READY)
@@ -19,6 +19,10 @@ tune: $(READY)
 
 test: $(READY) receivers
 	$(BIN)/python -m pytest
+
+# Minutes of real time over HTTP, for a quiet machine: virtual equals real, what-if, and tune against llmock.
+acceptance: $(READY)
+	$(BIN)/python -m pytest -m acceptance
 
 coverage: $(READY) receivers
 	$(BIN)/coverage erase
@@ -33,10 +37,13 @@ receivers:
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py
 
+# The suites, kept in out/bench/ by commit and compared with the run before. `bench-tables`: README, docs/measured.md.
 bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+bench-tables: $(READY)
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/telemetry_cost.py
-	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,mean,rounds
 
 bench-readme: $(READY)
 	$(BIN)/python benchmarks/table.py --write
@@ -47,6 +54,9 @@ soak: $(READY)
 
 pace: $(READY)
 	$(BIN)/python benchmarks/pace.py
+
+judge: $(READY)
+	$(BIN)/python benchmarks/judge.py
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py

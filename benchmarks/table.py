@@ -9,7 +9,6 @@ A bound that is not met is said to be missed; the exit code does not depend on i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import resource
 import sys
@@ -22,25 +21,27 @@ from pathlib import Path
 import aiolimiter
 import aiometer
 import anyio
-from measure import ROUNDS, WAITERS, Line, at_once, awaited, best_of, in_turn, machine, nothing, put_into
+from measure import (
+    ROUNDS,
+    SLOTS,
+    WAITERS,
+    Line,
+    at_once,
+    best_of,
+    contended,
+    holding,
+    in_turn,
+    machine,
+    nothing,
+    put_into,
+    uncontended,
+)
 from pydantic_ai.concurrency import ConcurrencyLimiter
 
-import llmq
-from llmq import Cap, LLMQueue, LLMTaskMeta, Outcome, Policy, Priority, Rate, RuntimeEnv, Settings
+from llmq import Cap, LLMQueue, LLMTaskMeta, Outcome, Policy, Priority, Rate
 from llmq.core import Job, Scheduler, State
 
 README = Path(__file__).parent.parent / "README.md"
-SLOTS = 64
-
-
-def holding(enter: Callable[[], contextlib.AbstractAsyncContextManager[object]]) -> Callable[[], Awaitable[None]]:
-    """A call that holds what it entered for one turn of the loop."""
-
-    async def call() -> None:
-        async with enter():
-            await asyncio.sleep(0)
-
-    return call
 
 
 class _PydanticAI:
@@ -56,26 +57,16 @@ class _PydanticAI:
         self._limiter.release()
 
 
-async def uncontended() -> dict[str, float]:
+async def alone() -> dict[str, float]:
     """Microseconds to take a slot and give it back, with nobody else there."""
     calls = 20_000
-    semaphore, queue = asyncio.Semaphore(SLOTS), LLMQueue(SLOTS, telemetry=None)
     plain, pydantic_ai = aiolimiter.AsyncLimiter(1e9, 1), _PydanticAI(ConcurrencyLimiter(SLOTS))
-    RuntimeEnv.reset()
-    RuntimeEnv.initialize(Settings(llm_queue_enabled=False))
-    return await best_of(
-        {
-            "plain await": awaited(nothing, calls),
-            "flag off": awaited(lambda: llmq.submit(nothing), calls),
-            "asyncio.Semaphore": in_turn(lambda: semaphore, calls),
-            "LLMQueue.slot": in_turn(queue.slot, calls),
-            "LLMQueue.submit": awaited(lambda: queue.submit(nothing), calls),
-            "anyio.CapacityLimiter": in_turn(_capacity_limiter(), calls),
-            "aiolimiter": in_turn(lambda: plain, calls),
-            "pydantic-ai ConcurrencyLimiter": in_turn(lambda: pydantic_ai, calls),
-        },
-        calls,
-    )
+    peers = {
+        "anyio.CapacityLimiter": in_turn(_capacity_limiter(), calls),
+        "aiolimiter": in_turn(lambda: plain, calls),
+        "pydantic-ai ConcurrencyLimiter": in_turn(lambda: pydantic_ai, calls),
+    }
+    return await best_of({**uncontended(calls), **peers}, calls)
 
 
 def _capacity_limiter() -> Callable[[], anyio.CapacityLimiter]:
@@ -83,27 +74,20 @@ def _capacity_limiter() -> Callable[[], anyio.CapacityLimiter]:
     return lambda: limiter
 
 
-async def contended() -> dict[str, float]:
+async def crowded() -> dict[str, float]:
     """Microseconds a call, 10,000 tasks on 64 slots; the tasks' own cost is in all of them."""
-    semaphore, queue = asyncio.Semaphore(SLOTS), LLMQueue(SLOTS, telemetry=None)
     fast, pydantic_ai = aiolimiter.AsyncLimiter(1e9, 1), _PydanticAI(ConcurrencyLimiter(SLOTS))
 
     async def meter() -> None:
         await aiometer.run_on_each(lambda _: asyncio.sleep(0), range(WAITERS), max_at_once=SLOTS)
 
-    return await best_of(
-        {
-            "plain await": at_once(lambda: asyncio.sleep(0)),
-            "asyncio.Semaphore": at_once(holding(lambda: semaphore)),
-            "LLMQueue.slot": at_once(holding(queue.slot)),
-            "LLMQueue.submit": at_once(lambda: queue.submit(lambda: asyncio.sleep(0))),
-            "anyio.CapacityLimiter": at_once(holding(_capacity_limiter())),
-            "aiolimiter": at_once(holding(lambda: fast)),
-            "aiometer.run_on_each": meter,
-            "pydantic-ai ConcurrencyLimiter": at_once(holding(lambda: pydantic_ai)),
-        },
-        WAITERS,
-    )
+    peers = {
+        "anyio.CapacityLimiter": at_once(holding(_capacity_limiter())),
+        "aiolimiter": at_once(holding(lambda: fast)),
+        "aiometer.run_on_each": meter,
+        "pydantic-ai ConcurrencyLimiter": at_once(holding(lambda: pydantic_ai)),
+    }
+    return await best_of({**contended(), **peers}, WAITERS)
 
 
 async def draining() -> dict[str, float]:
@@ -280,7 +264,7 @@ def peers_table(single: dict[str, float], many: dict[str, float]) -> Iterator[st
 
 async def measure() -> str:
     """Everything, as Markdown."""
-    single, many, drained = await uncontended(), await contended(), await draining()
+    single, many, drained = await alone(), await crowded(), await draining()
     few_calls, few_time = deep(1000)
     many_calls, many_time = deep(100_000)
     core, core_deep = core_pairs_a_second(0), core_pairs_a_second(WAITERS)
@@ -323,7 +307,7 @@ async def measure() -> str:
     table = ["| what | found | bound | holds |", "|---|---|---|---|", *map(str, lines)]
     return "\n".join(
         [
-            f"`make bench` on {machine()}, best of {ROUNDS} interleaved rounds:",
+            f"`make bench-tables` on {machine()}, best of {ROUNDS} interleaved rounds:",
             "",
             *table,
             "",

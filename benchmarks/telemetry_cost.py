@@ -180,7 +180,7 @@ async def main() -> str:
     ]
     return "\n".join(
         [
-            f"`make bench` on {machine()}, best of interleaved rounds:",
+            f"`make bench-tables` on {machine()}, best of interleaved rounds:",
             "",
             "| what | found | bound | holds |",
             "|---|---|---|---|",

@@ -45,7 +45,8 @@ def test_transport(benchmark, provider, transport):
             )
 
         sdk = runner.run(client())
-        benchmark.pedantic(lambda: runner.run(ask_all(sdk)), rounds=5, warmup_rounds=1)
+        benchmark.pedantic(lambda: runner.run(ask_all(sdk)), rounds=3, warmup_rounds=1)
         runner.run(sdk.close())
     benchmark.extra_info["calls_per_second"] = CALLS / benchmark.stats.stats.median
+    benchmark.extra_info["judged"] = False  # neither is ours
     benchmark.extra_info["ideal_calls_per_second"] = 640

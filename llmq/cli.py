@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import ValidationError
@@ -28,7 +30,9 @@ from llmq.providers.chat import ChatClient
 from llmq.providers.open import open_client
 from llmq.providers.spec import ProviderSpec
 from llmq.runtime import RuntimeEnv
-from llmq.settings import Settings, parse_assignments
+from llmq.settings import DEFAULT_CONFIG_FILE, Settings, parse_assignments
+from llmq.tune.recorder import RunRecorder
+from llmq.virtual import VirtualLoop
 
 T = TypeVar("T")
 
@@ -68,13 +72,19 @@ Catalogues = Annotated[
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(help="Folder for points, table, picture and recommendation.")] = Path("out/tune"),
+    out: Annotated[Path, typer.Option(help="Folder for points, table, pictures, report and recommendation.")] = Path(
+        "out/tune"
+    ),
     config: Config = None,
     base_url: BaseUrl = None,
     model: Model = None,
     levels: Annotated[str, typer.Option(help="Calls at once, to measure.")] = "1 2 4 8 16 32 64",
     seconds: Annotated[
         float | None, typer.Option(help="Measure each level so long; default: 40 service times, 2 to 20 s.")
+    ] = None,
+    calls: Annotated[int | None, typer.Option(min=1, help="At least so many calls a level.")] = None,
+    arrivals: Annotated[
+        float | None, typer.Option(help="Open loop: so many calls a second arrive at random; with --single-calls.")
     ] = None,
     services: Annotated[Path | None, typer.Option(help="Services (JSONL); default: the samples.")] = None,
     catalogues: Catalogues = None,
@@ -84,62 +94,113 @@ def tune(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="The simulated provider in this process, and not over HTTP.")
     ] = False,
+    virtual: Annotated[
+        bool, typer.Option("--virtual", help="The simulated provider on a virtual clock: hours in seconds.")
+    ] = False,
     simulate: Simulate = None,
     max_429_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of refusals that is allowed.")] = 0.01,
     slo_p95: Annotated[float | None, typer.Option(help="Bound on the 95th percentile of the service time, s.")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Stop at so many attempts.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop at so many tokens.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Stop at so many USD; needs llm_prices.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a paid provider is measured.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Put the answer into the settings file.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hold the answer, and check it: the checklist.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the points in the folder.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure several concurrency levels and recommend one.
+    """Measure several concurrency levels and recommend an operating point: a level, and a pace where a rate binds.
 
     Example: `llmq tune --out out/tune --simulate requests_per_minute=300 --seconds 5`
     """
     with _told():
-        settings = _settings(config, base_url, model, simulate, catalogues, in_process=in_process)
+        settings = _settings(config, base_url, model, simulate, catalogues, in_process=in_process or virtual)
+        if virtual and settings.provider != "simulated":
+            raise ConfigError("--virtual is for the simulated provider: a real one cannot be hurried")
+        settings_file = _settings_file(config) if apply else None
         RuntimeEnv.reset()
         RuntimeEnv.initialize(settings)
         wanted = _levels(levels)
         items = read_services(services) if services else sample_services()
         target = "single calls" if single_calls else "plateau pipeline"
         read_catalogues(settings.catalogues_dir)
-        if dry_run:
-            each = "the usual time" if seconds is None else f"{seconds:g} s"
-            what = f"{target}, {len(items)} services over and over"
-            _say_plan(
-                settings, what, f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
-            )
-            return
-        from llmq.tune.sweep import sweep
+        from llmq.tune.guard import Caps, Stopped
 
-        async def measure() -> Any:
-            async with _tuned_client(settings, in_process) as (client, where):
+        caps = Caps(max_calls, max_tokens, max_cost, max_minutes)
+        if max_cost is not None and not settings.prices:
+            raise ConfigError("--max-cost needs the model's price; set llm_prices")
+        if dry_run:
+            each = "the usual time" if seconds is None and calls is None else _window(seconds, calls)
+            what = f"{target}, {len(items)} services over and over"
+            how = f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
+            _say_plan(settings, what, how)
+            typer.echo(_guess(wanted, seconds, calls))
+            return
+        from llmq.tune.sweep import Sweep, sweep
+        from llmq.tune.verify import Verification
+        from llmq.tune.verify import verify as hold
+
+        paid = settings.provider != "simulated" and not _is_loopback(settings.base_url)
+        at_terminal = err_console.is_terminal and sys.stdin.isatty()
+        if paid and not yes and caps == Caps() and not at_terminal:
+            raise ConfigError("a paid provider is measured with a cap (--max-calls, --max-cost ...) or with --yes")
+
+        async def tuned() -> tuple[Sweep, Verification | str | None]:
+            async with _tuned_client(settings, in_process or virtual) as (client, where):
                 pipeline = _pipeline(client, settings, single_calls)
                 with _sweep_progress() as on_progress:
-                    return await sweep(
-                        pipeline,
+                    found = await sweep(
+                        _one_call(pipeline) if arrivals is not None and single_calls else pipeline,
                         _items(items, settings),
                         wanted,
+                        virtual=virtual,
                         seconds=seconds,
+                        calls=calls,
+                        arrivals=arrivals,
                         slo_p95=slo_p95,
                         max_429_ratio=max_429_ratio,
+                        caps=caps,
+                        on_plan=None if not paid else _asks if at_terminal and not yes else _tells,
                         out=out,
                         resume=resume,
                         title=f"{target} against {where}",
                         on_progress=on_progress,
                     )
+                _show_sweep(found, out)  # whatever becomes of its verification
+                setting = found.recommend().setting
+                if not verify or setting is None:
+                    return found, None
+                if found.left is None:
+                    return found, "the caps leave nothing for it"
+                try:
+                    return found, await hold(
+                        pipeline,
+                        _items(items, settings),
+                        setting,
+                        seconds=seconds,
+                        bounds=found.bounds,
+                        caps=found.left,
+                    )
+                except Stopped as error:
+                    return found, str(error)
 
-        found = _run(measure, f"the levels measured so far are in {out}; go on with --resume")
-        answer = found.recommend()
-        typer.echo(str(found))
-        typer.echo(str(answer))
-        try:
-            (out / "table.txt").write_text(str(found), encoding="utf-8")
-            (out / "recommendation.txt").write_text(f"{answer}\n", encoding="utf-8")
-            found.plot().savefig(out / "sweep.png", dpi=150)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {out}: {error.strerror or error}; the points are safe") from None
-        typer.echo(f"Picture: {out / 'sweep.png'}   points: {out / 'points.csv'}")
-        if answer.level is None:
+        swept, held = _run(tuned, f"the levels measured so far are in {out}; go on with --resume", virtual=virtual)
+        failed = swept.recommend().level is None
+        if isinstance(held, str):
+            typer.echo(f"\nNot verified: {held}")
+        elif held is not None:
+            with _writing(out):
+                (out / "verification.txt").write_text(f"{held}\n", encoding="utf-8")
+            typer.echo(f"\n{held}")
+        unproven = held is not None and (isinstance(held, str) or not held.passed)
+        if settings_file is not None and unproven:
+            typer.echo(f"Not applied to {settings_file}: its verification did not pass")
+        elif settings_file is not None and not failed:
+            changed = swept.apply(settings_file)
+            said = ", ".join(f"{name}: {str(value).lower()}" for name, value in changed.items()) or "nothing to change"
+            typer.echo(f"Applied to {settings_file}: {said}")
+        if failed or unproven:
             raise typer.Exit(1)
 
 
@@ -153,6 +214,13 @@ def run(
     generator: Annotated[GeneratorChoice, typer.Option(help="What to generate.")] = GeneratorChoice.plateaus,
     catalogues: Catalogues = None,
     simulate: Simulate = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Record the run for `llmq what-if`: times, outcomes, tokens and limits of the newest attempts; stage "
+            "and model names, but no prompts, answers, keys or names of services."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -174,6 +242,7 @@ def run(
             return
         if out.exists() and out.samefile(services):
             raise ConfigError(f"--out and --services are the same file, {out}")
+        recorder = None if trace is None else RunRecorder(trace, settings, out)
         RuntimeEnv.reset()
         RuntimeEnv.initialize(settings)
         warning = narrower_than_off(settings)
@@ -192,12 +261,134 @@ def run(
                         generator=generator.value,
                         resume=resume,
                         on_done=on_done,
+                        ledger=None if recorder is None else recorder.ledger,
                     )
 
-        report = _run(generate, f"what is finished is in {out}; go on with --resume")
+        with _recorded(recorder):
+            report = _run(generate, f"what is finished is in {out}; go on with --resume")
         typer.echo(str(report))
         if report.quarantined or report.halted:
             raise typer.Exit(1)
+
+
+@contextmanager
+def _recorded(recorder: RunRecorder | None) -> Iterator[None]:
+    """The trace is written however the run ends; that it cannot be does not hide how it ended."""
+    try:
+        yield
+    except BaseException:
+        try:
+            _write_trace(recorder)
+        except LLMQError as error:
+            err_console.print(f"Warning: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        raise
+    _write_trace(recorder)
+
+
+def _write_trace(recorder: RunRecorder | None) -> None:
+    if recorder is not None:
+        recorder.write()
+
+
+@app.command("what-if")
+def what_if(
+    trace: Annotated[Path, typer.Argument(help="A recorded run: of `llmq run --trace`, or `write_trace()`.")],
+    config: Config = None,
+    levels: Annotated[str, typer.Option(help="Calls at once, to simulate.")] = "1 2 4 8 16 32 64",
+    requests_per_minute: Annotated[float | None, typer.Option(help="Under this limit, and not the one met.")] = None,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="Under this limit, and not the one met.")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Under this limit on calls at once, and not the one met.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for table, picture, report and recommendation.")] = None,
+) -> None:
+    """Say from a recorded run what other levels or limits would bring: simulated, nothing is called.
+
+    The error against the recording is stated. What the recording says nothing of is told as unknown.
+
+    Example: `llmq what-if run.trace --levels "4 8 16" --requests-per-minute 600`
+    """
+    with _told():
+        from llmq.tune.whatif import run_what_if
+
+        RuntimeEnv.reset()
+        RuntimeEnv.initialize(Settings(config))
+        try:
+            found = run_what_if(
+                trace,
+                _levels(levels),
+                requests_per_minute=requests_per_minute,
+                tokens_per_minute=tokens_per_minute,
+                max_concurrency=max_concurrency,
+            )
+        except KeyboardInterrupt:
+            err_console.print("\nInterrupted; nothing was written.")
+            raise typer.Exit(130) from None
+        answer = found.recommend()
+        typer.echo(str(found))
+        typer.echo(str(answer))
+        if out is not None:
+            _make_folder(out)
+            _write_results(found, out)
+            typer.echo(f"Report: {out / 'report.html'}   picture: {out / 'sweep.png'}")
+        if answer.level is None:
+            raise typer.Exit(1)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A sweep's folder, or saved benchmarks (JSON file or folder).")],
+    after: Annotated[Path, typer.Argument(help="The other one, of the same kind.")],
+) -> None:
+    """Say of two sweeps, or of the benchmarks of two commits, what is better, worse or undecided, with intervals.
+
+    Example: `llmq compare out/tune-monday out/tune-today`. Exit code 1: worse.
+    """
+    with _told():
+        from llmq.tune.compare import compare_benchmarks, compare_sweeps
+
+        of_sweeps = _is_sweep(before)
+        if of_sweeps != _is_sweep(after):
+            raise ConfigError(f"{before} and {after} are not of one kind: compare two sweeps, or two benchmark runs")
+        found = compare_sweeps(before, after) if of_sweeps else compare_benchmarks(before, after)
+        typer.echo(str(found))
+        if found.verdict == "worse":
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A sweep's folder, or saved benchmarks (JSON file or folder).")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: where the data is.")] = None,
+) -> None:
+    """Draw what was saved: a sweep's table, picture and HTML report, or a picture of benchmarks.
+
+    Example: `llmq report out/tune`
+    """
+    with _told():
+        folder = out or (path if path.is_dir() else path.parent)
+        if _is_sweep(path):
+            from llmq.tune.sweep import Sweep
+
+            found = Sweep.read(path)
+            typer.echo(str(found))
+            typer.echo(str(found.recommend()))
+            _write_results(found, folder)
+            typer.echo(f"Report: {folder / 'report.html'}   picture: {folder / 'sweep.png'}")
+            return
+        from llmq.tune.benchmarks import benchmarks_table, plot_benchmarks
+
+        typer.echo(benchmarks_table(path))
+        with _writing(folder):
+            plot_benchmarks(path).savefig(folder / "benchmarks.png", dpi=150)
+        typer.echo(f"Picture: {folder / 'benchmarks.png'}")
 
 
 @app.command()
@@ -259,9 +450,10 @@ def _told() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _run(main: Callable[[], Coroutine[Any, Any, T]], on_interrupt: str) -> T:
+def _run(main: Callable[[], Coroutine[Any, Any, T]], on_interrupt: str, *, virtual: bool = False) -> T:
     try:
-        return asyncio.run(main())
+        with asyncio.Runner(loop_factory=VirtualLoop if virtual else None) as runner:
+            return runner.run(main())
     except KeyboardInterrupt:
         err_console.print(f"\nInterrupted; {on_interrupt}.", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
@@ -304,6 +496,103 @@ def _levels(text: str) -> list[int]:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise ConfigError(f"--levels takes whole numbers, like '1 2 4 8'; got {text!r}") from None
+
+
+def _window(seconds: float | None, calls: int | None) -> str:
+    parts = [f"{seconds:g} s"] if seconds is not None else []
+    return " and ".join([*parts, *([f"{calls} calls"] if calls is not None else [])])
+
+
+def _guess(levels: list[int], seconds: float | None, calls: int | None) -> str:
+    """What a sweep might use; nothing has been called yet."""
+    from llmq.tune.guard import predict
+    from llmq.tune.runner import Load
+
+    load = Load(seconds, calls)
+    lines = [
+        f"If a call takes {service:g} s: "
+        + str(
+            predict(
+                levels, service_seconds=service, window_seconds=load.window_seconds(service), window_calls=calls or 0
+            )
+        )
+        for service in (1.0, 5.0)
+    ]
+    return "\n".join([*lines, "After the first few calls it is said anew, with tokens and cost."])
+
+
+def _asks(prediction: Any) -> bool:
+    """The cost guard, at a terminal."""
+    return typer.confirm(f"This will use {prediction}. Go on?", err=True)
+
+
+def _tells(prediction: Any) -> bool:
+    err_console.print(f"This will use {prediction}.", highlight=False)
+    return True
+
+
+def _is_loopback(base_url: str | None) -> bool:
+    return base_url is not None and urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _settings_file(config: Path | None) -> Path:
+    path = config or DEFAULT_CONFIG_FILE
+    if not path.exists():
+        raise ConfigError(f"--apply changes a settings file, and {path} is not there; name one with --config")
+    return path
+
+
+def _one_call(pipeline: Any) -> Any:
+    """A pipeline of one stage as a call."""
+    (stage,) = pipeline.stages
+
+    async def single_call(item: Any) -> object:
+        return await stage.call(item)
+
+    return single_call
+
+
+def _is_sweep(path: Path) -> bool:
+    """Whether it is a sweep, and not saved benchmarks. Raises `ConfigError` for what can be neither."""
+    if not path.exists():
+        raise ConfigError(f"there is nothing at {path}")
+    folder = path.parent if path.name in ("points.jsonl", "sweep.json") else path
+    if (folder / "points.jsonl").exists():
+        return True
+    if folder != path or (path / "sweep.json").exists():
+        raise ConfigError(f"{folder} holds no points.jsonl, so there is no sweep")
+    if (path / "recommendation.txt").exists():
+        raise ConfigError(
+            f"{path} holds what `llmq what-if` wrote, which is all there is of it: its points are not saved; see "
+            f"{path / 'report.html'}, or simulate again"
+        )
+    return False
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _show_sweep(found: Any, out: Path) -> None:
+    typer.echo(str(found))
+    typer.echo(str(found.recommend()))
+    _write_results(found, out)
+    typer.echo(f"Report: {out / 'report.html'}   picture: {out / 'sweep.png'}   points: {out / 'points.csv'}")
+
+
+def _write_results(found: Any, out: Path) -> None:
+    from llmq.tune.page import write_html
+
+    with _writing(out):
+        (out / "table.txt").write_text(str(found), encoding="utf-8")
+        (out / "recommendation.txt").write_text(f"{found.recommend()}\n", encoding="utf-8")
+        found.plot().savefig(out / "sweep.png", dpi=150)
+        write_html(found, out / "report.html")
 
 
 def _say_plan(settings: Settings, what: str, how: str) -> None:

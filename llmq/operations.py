@@ -664,6 +664,7 @@ def _describe(record: AttemptRecord, request: Sent) -> None:
     if request.input_tokens is not None or request.output_tokens is not None:
         record.input_tokens, record.output_tokens = request.input_tokens, request.output_tokens
     record.response_model = request.response_model
+    record.limits = request.limits
     if record.status_code is None:
         record.status_code = request.status_code
     if request.first_chunk_at is not None:

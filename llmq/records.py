@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llmq.dialects import RateLimitState
+
 CallOutcome = Literal["ok", "error", "cancelled", "rejected", "queue_full", "dropped", "timeout"]
 """ok; error: the call raised; cancelled: by its caller, or by `queue.cancel()`; rejected: refused by the provider;
 queue_full: refused at the door; dropped: turned away while it waited, or by a draining or closed queue; timeout."""
@@ -25,7 +27,7 @@ class AttemptRecord:
 
     `started_at` is None where it never got a slot. `resent`: a client's own retry, in the slot of the request before;
     it did not wait. Tokens are what the provider said it used. `first_chunk_seconds`: from sending to the first piece
-    of a streamed answer.
+    of a streamed answer. `limits`: what the headers of a `seen` answer told of the provider's limits.
     """
 
     operation_id: int
@@ -48,6 +50,7 @@ class AttemptRecord:
     response_model: str | None = None
     seen: bool = False
     resent: bool = False
+    limits: tuple[RateLimitState, ...] = ()
 
     @property
     def wait_seconds(self) -> float:

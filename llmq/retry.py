@@ -18,8 +18,8 @@ from typing import TypeVar
 import anyio
 
 from llmq.dialects import Kind as Kind
+from llmq.dialects import RateLimitState, judge_response, rate_limit_state
 from llmq.dialects import Verdict as Verdict
-from llmq.dialects import judge_response
 from llmq.errors import (
     LLMQError,
     ProviderError,
@@ -193,6 +193,11 @@ def _is_connection_error(error: Exception) -> bool:
     if getattr(error, "connection_lost", False):
         return True
     return any(kind.__name__ in _CONNECTION_ERRORS for kind in type(error).__mro__)
+
+
+def limits_told(error: BaseException) -> list[RateLimitState]:
+    """The limits that the headers of a refusal tell of."""
+    return rate_limit_state(_headers(error)) if isinstance(error, Exception) else []
 
 
 def _headers(error: Exception) -> Mapping[str, str]:

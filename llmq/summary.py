@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Literal
+
+from llmq.pages import html_table, page, plain
 
 TEXT_ROWS = 5
 """Rows of a table in the text; JSON and page have what there is."""
@@ -120,15 +121,15 @@ class RunSummary:
 
     def to_html(self) -> str:
         """One page that needs nothing else."""
-        parts = [_html_table((), self._facts())]
+        parts = [html_table((), self._facts())]
         if self.slowest:
-            parts.append(_html_table(_STAGE_HEAD, _stage_rows(self.slowest)))
+            parts.append(html_table(_STAGE_HEAD, _stage_rows(self.slowest)))
         if self.budgets:
-            parts.append(_html_table(_BUDGET_HEAD, _budget_rows(self.budgets)))
-        return _PAGE.format(body="\n".join(parts))
+            parts.append(html_table(_BUDGET_HEAD, _budget_rows(self.budgets)))
+        return page("LLM calls of a run", parts)
 
     def __str__(self) -> str:
-        lines = [f"{name:<10}{_plain(value)}" for name, value in self._facts()]
+        lines = [f"{name:<10}{plain(value)}" for name, value in self._facts()]
         if self.slowest:
             lines += ["", *_text_table(_STAGE_HEAD, _stage_rows(self.slowest[:TEXT_ROWS]), _WIDEST)]
         if self.budgets:
@@ -166,7 +167,7 @@ def of_key(by: str | None, key: str | None) -> str:
     """Whose budget it is: nothing for all together."""
     if by is None:
         return ""
-    return f" for calls without {by}" if key is None else f" for {by} {_plain(key)}"
+    return f" for calls without {by}" if key is None else f" for {by} {plain(key)}"
 
 
 def _money(usd: float) -> str:
@@ -254,16 +255,12 @@ def _budget_rows(budgets: Iterable[BudgetUse]) -> list[Row]:
     return [(str(budget), amount(budget.used, budget.unit), f"{budget.share:.0%}") for budget in budgets]
 
 
-def _plain(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def _clipped(text: str, widest: int) -> str:
     return text if len(text) <= widest else text[: widest - 1] + "…"
 
 
 def _text_table(head: Row, rows: Iterable[Row], widest: int) -> list[str]:
-    cells = [[_clipped(_plain(cell), widest) for cell in row] for row in (head, *rows)]
+    cells = [[_clipped(plain(cell), widest) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
@@ -271,31 +268,3 @@ def _text_table(head: Row, rows: Iterable[Row], widest: int) -> list[str]:
         ).rstrip()
         for aligned in (list(zip(row, widths, strict=True)) for row in cells)
     ]
-
-
-def _html_table(head: Row, rows: Iterable[Row]) -> str:
-    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>\n" if head else ""
-    body = "\n".join(f"<tr>{''.join(f'<td>{escape(_plain(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table>\n{top}{body}\n</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>LLM calls of a run</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8884; }}
-th:first-child, td:first-child, table:first-of-type td {{ text-align: left; overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>LLM calls of a run</h1>
-{body}
-</body>
-</html>
-"""

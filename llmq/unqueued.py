@@ -89,6 +89,7 @@ class _Booked:
         attempt = AttemptRecord(self._id, self._attempts, *labels, began, began, now, outcome, error_type=error_type)
         if verdict is not None:
             attempt.status_code, attempt.limit_type = verdict.status_code, verdict.limit_type
+            attempt.retry_after_seconds = verdict.retry_after_seconds
         tokens = tokens_of(result)
         if tokens is not None:
             attempt.input_tokens, attempt.output_tokens = round(tokens.input), round(tokens.output)

@@ -80,7 +80,7 @@ PUBLIC = [
 LAYERS = [
     {"errors", "core"},
     {"waiters"},
-    {"records", "virtual", "alarms", "changes", "dialects", "summary"},
+    {"records", "virtual", "alarms", "changes", "dialects", "summary", "pages"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},
     {"settings", "items", "refusals", "unqueued"},
     {"queue", "operations", "wire"},

@@ -87,8 +87,11 @@ async def run_services(
     generator: GeneratorName = "plateaus",
     resume: bool = False,
     on_done: Callable[[RunReport], None] = lambda report: None,
+    ledger: Ledger | None = None,
 ) -> RunReport:
     """Generate a record for each service, through the queue in force. `on_done` hears after each service.
+
+    `ledger` counts what is sent without a queue; default: a new one of the settings.
 
     Raises `InputError` if OUT is there and `resume` is not set, or another run writes to it.
     """
@@ -98,7 +101,10 @@ async def run_services(
     make_pipeline, make_record = _GENERATORS[generator]
     pipeline = make_pipeline(client, catalogues)
     queue = active_queue()
-    ledger = settings.ledger() if queue is None or queue.ledger is None else queue.ledger
+    if queue is not None and queue.ledger is not None:
+        ledger = queue.ledger
+    elif ledger is None:
+        ledger = settings.ledger()
     with (
         files.opened({service.service_id for service in services}, resume=resume) as handles,
         files.reporting(ledger, started_at),

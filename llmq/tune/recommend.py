@@ -1,32 +1,56 @@
-"""From measured levels to one number, with the reason.
+"""From measured windows to one operating point, with the reason, or to a refusal with what to do next. Pure.
 
-A level is *feasible* if its 429 share, error share and p95 are within their bounds and neither this client nor the
-pipeline kept it from being what it says. Recommended is the smallest feasible level that may have at least 97 % of the
-best feasible goodput, each taken with its standard error: the best of several noisy figures is a lucky one. Goodput is
-judged, never the total: refusals are fast and look like speed.
+The rules
+- Goodput is judged, never the total: refusals are fast and look like speed.
+- A setting is *feasible* if its 429 share, error share and p95 keep their bounds and neither this client nor the
+  pipeline kept it from being what it says. It is *proven* if the intervals of these lie within the bounds, too.
+- Recommended is the smallest setting that is *shown*, at 95 % confidence, to have at least 97 % of the goodput of every
+  other feasible one (one-sided z tests, pair by pair: the best of several noisy figures is a lucky one; those far less
+  certain than the best are left out). What is shown to have less is out; what is neither is undecided, and asks for
+  more samples.
+- A limit on a rate has no knee: slots alone cannot hold it. Then paced settings are compared, at a pace of 99 % of the
+  rate found, and what counts is 97 % of that rate. Of two levels at one pace the higher never brings less.
+- Refusals whose share does not grow with concurrency are not caused by it, and nothing is lowered for them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from llmq.errors import ConfigError
-from llmq.tune.point import RATES, Point
-from llmq.tune.statistics import SAMPLES_FOR_P95
+from llmq.tune.evidence import drift, judged, limit_found
+from llmq.tune.limits import RateSeen
+from llmq.tune.point import Point, Setting
+from llmq.tune.statistics import SAMPLES_FOR_P95, SURE
 
 GOOD_ENOUGH = 0.97
-ATTEMPTS_TO_CONFIRM = 400
-SECONDS_FOR_A_RATE = 1.0
+PACE_SHARE = 0.99
+"""Of the rate found: so much is asked for, so that its error and jitter cost no refusals."""
+
 SATURATED = 1.1
-DEVIATIONS_TO_BE_SURE = 2.0
-MOST_LONGER = 5
-CLEAN_SECONDS = 60.0
+_CHANGING = 0.75
+
+ATTEMPTS_TO_PROVE = 400
+"""Without a refusal they put the share under 1 % (Wilson, 95 %: 381)."""
+
+DRAWS = 2000
+DRIFTED = 0.1
+_AGREES = 1.7
+_FAR_LESS_CERTAIN = 3.0
+_TOO_WIDE = 0.2
+_Z_SQUARED = 1.96**2
+_LEAST_PROVABLE = 0.001
+_HELD = 0.93
+_IN_PROPORTION = 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a level must keep to be feasible."""
+    """What a setting must keep to be feasible."""
 
     max_429_ratio: float = 0.01
     max_error_ratio: float = 0.01
@@ -51,179 +75,288 @@ class Bounds:
             return "nothing succeeded"
         if point.error_share > self.max_error_ratio:
             return f"error share over {self.max_error_ratio:.0%}"
-        if self.slo_p95 is not None and point.service_p95 is not None and point.service_p95 > self.slo_p95:
+        p95, _ = bounded_p95(point)
+        if self.slo_p95 is not None and p95 is not None and p95 > self.slo_p95:
             return f"p95 over {self.slo_p95:.3g} s"
         return None
+
+    def unproven_by(self, point: Point) -> str | None:
+        """Which bound a feasible point may break for all that its samples say, in words, or None."""
+        if point.share_429_high > self._provable(self.max_429_ratio):
+            return f"{point.attempts} attempts cannot prove a 429 share under {self.max_429_ratio:.3g}"
+        if point.error_share_high > self._provable(self.max_error_ratio):
+            calls = point.succeeded + point.failed
+            return f"{calls} calls cannot prove an error share under {self.max_error_ratio:.3g}"
+        if self.slo_p95 is not None:
+            p95, high = bounded_p95(point)
+            if p95 is None or high is None or high > self.slo_p95:
+                return f"{point.succeeded} calls cannot prove a p95 under {self.slo_p95:.3g} s"
+        if point.goodput_high - point.goodput_low > _TOO_WIDE * point.goodput:
+            return f"its goodput is not known well enough ({point.goodput_low:.3g} to {point.goodput_high:.3g})"
+        return None
+
+    @property
+    def attempts_to_prove(self) -> int:
+        """So many attempts without a refusal or failure put their share under the bound (Wilson, 95 %)."""
+        least = min(self._provable(self.max_429_ratio), self._provable(self.max_error_ratio))
+        return math.ceil(1.05 * _Z_SQUARED * (1 - least) / least)
+
+    @staticmethod
+    def _provable(ratio: float) -> float:
+        return max(ratio, _LEAST_PROVABLE)
+
+
+def bounded_p95(point: Point) -> tuple[float | None, float | None]:
+    """What `slo_p95` bounds, and the upper end of its interval: the service time, or an open loop's response time."""
+    if point.offered_rate is not None:
+        return point.response_p95, point.response_p95_high
+    return point.service_p95, point.service_p95_high
 
 
 @dataclass(frozen=True, slots=True)
 class OperatingPoint:
-    """The recommendation. `level` is None where nothing can be recommended; `reason` then says what to do.
+    """The recommendation. `level` None: nothing can be recommended; `reason` then says why, `next_steps` what to do.
 
-    `binds`: requests, tokens, concurrency, overload, unknown (429s that do not say), errors, slo, server, latency,
-    pipeline or client. `yaml` is what to put into `config/app.yaml`.
+    `binds`: requests, tokens, unknown (a rate that does not say of what, or nothing to tell by), concurrency, server,
+    latency, arrivals (an open loop below capacity), pipeline, client, slo or errors. With a pace,
+    `requests_per_minute` or `tokens_per_minute` belongs to the answer.
+    `services_open`: the `concurrency` to set where the pipeline binds. `*_low`, `*_high`: 95 % intervals; of the
+    level by drawing every setting's goodput from its own. `confidence`: how often, in these draws, the level is good
+    enough; lower where cross-checks disagree. `waste`: what the present setting wastes, in words.
     """
 
     level: int | None
     binds: str
     reason: str
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    services_open: int | None = None
     goodput: float | None = None
+    goodput_low: float | None = None
+    goodput_high: float | None = None
     share_429: float | None = None
+    share_429_high: float | None = None
+    level_low: int | None = None
+    level_high: int | None = None
+    confidence: float | None = None
+    waste: str | None = None
+    next_steps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
+    def setting(self) -> Setting | None:
+        """What to set, pace included."""
+        if self.level is None:
+            return None
+        return Setting(self.level, self.requests_per_minute, self.tokens_per_minute)
+
+    @property
     def yaml(self) -> str:
-        """The settings that put the level in force."""
-        return "" if self.level is None else f"llm_queue_enabled: true\nllm_queue_concurrency: {self.level}\n"
+        """The settings that put it in force."""
+        if self.level is None:
+            return ""
+        return "".join(f"{name}: {str(value).lower()}\n" for name, value in self.settings.items())
+
+    @property
+    def settings(self) -> dict[str, bool | int | float]:
+        """What to put into the settings file."""
+        if self.level is None:
+            return {}
+        found: dict[str, bool | int | float] = {"llm_queue_enabled": True, "llm_queue_concurrency": self.level}
+        if self.requests_per_minute is not None:
+            found["llm_queue_requests_per_minute"] = _rounded_down(self.requests_per_minute)
+        if self.tokens_per_minute is not None:
+            found["llm_queue_tokens_per_minute"] = _rounded_down(self.tokens_per_minute)
+        if self.services_open is not None:
+            found["concurrency"] = self.services_open
+        return found
 
     def __str__(self) -> str:
-        head = "No level can be recommended." if self.level is None else f"Recommended: {self.level} calls at once."
-        parts = [head, self.reason, *self.notes]
+        setting = self.setting
+        if setting is None:
+            head = "No level can be recommended."
+        else:
+            pace = f", starts paced at {setting.pace}" if setting.paced else ""
+            head = f"Recommended: {setting.level} calls at once{pace}."
+        parts = [head, self.reason, *filter(None, [self.waste]), *self.notes, *self.next_steps]
         return "\n".join(parts) + (f"\n\n{self.yaml}" if self.yaml else "")
 
 
-def recommend(points: Iterable[Point], bounds: Bounds) -> OperatingPoint:
-    """The operating point of a sweep. Pure."""
+# --- which settings are good enough
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the feasible settings of a pool stand against each other, in order of level."""
+
+    feasible: tuple[Point, ...]
+    needed: float
+    bounds: Bounds
+
+    def shown(self, point: Point) -> bool:
+        """At 95 % confidence it has the needed share of every rival's goodput."""
+        return all(self._z(point, other) >= SURE for other in self._rivals(point))
+
+    def out(self, point: Point) -> bool:
+        """At 95 % confidence it has less than the needed share of some rival's goodput."""
+        return any(self._z(point, other) <= -SURE for other in self._rivals(point))
+
+    def rival(self, point: Point) -> Point:
+        """Against whom it stands worst."""
+        return min(self._rivals(point), key=lambda other: self._z(point, other), default=point)
+
+    def _rivals(self, point: Point) -> list[Point]:
+        """The others, but those that are far less certain than the best: a chance figure is no rival.
+
+        At one pace only higher levels are rivals: what the pace lets start, more slots cannot bring less of.
+        """
+        certain = _FAR_LESS_CERTAIN * self.best.goodput_error
+        others = [p for p in self.feasible if (p.level > point.level if point.setting.paced else p is not point)]
+        return [p for p in others if p is self.best or p.goodput_error <= certain]
+
+    @property
+    def best(self) -> Point:
+        """From whom surely the most is to be had, by the lower end of its interval."""
+        return max(self.feasible, key=lambda p: p.goodput_low)
+
+    @property
+    def chosen(self) -> Point | None:
+        """The smallest that is shown to be good enough and proven to keep its bounds; failing that, shown at least."""
+        shown = [p for p in self.feasible if self.shown(p)]
+        proven = [p for p in shown if self.bounds.unproven_by(p) is None]
+        return next(iter(proven or shown), None)
+
+    def _z(self, point: Point, other: Point) -> float:
+        difference = point.goodput - self.needed * other.goodput
+        error = math.hypot(point.goodput_error, self.needed * other.goodput_error)
+        return difference / error if error > 0 else math.copysign(math.inf, difference)
+
+
+def standing(points: Iterable[Point], bounds: Bounds) -> Standing:
+    """The pool that the answer comes from: where a rate binds, settings of the fastest clean pace, else the others."""
     points = list(points)
-    measured = judged(points)
-    feasible = [p for p in measured if bounds.broken_by(p) is None]
-    if not measured:
+    groups = judged(points)
+    bounds = in_force(points, bounds)
+    feasible = [p for p in groups if bounds.broken_by(p) is None]
+    limit = limit_found(points)
+    if limit is not None and limit.rate is not None:
+        paced = [p for p in feasible if p.setting.paced]
+        if paced:
+            paced = [p for p in paced if pace_held(p, paced)] or paced
+            fastest = max([p for p in paced if bounds.unproven_by(p) is None] or paced, key=_pace_of)
+            pool = [p for p in paced if _pace_of(p) == _pace_of(fastest)]
+            return Standing(tuple(pool), GOOD_ENOUGH / PACE_SHARE, bounds)
+    return Standing(tuple(p for p in feasible if not p.setting.paced), GOOD_ENOUGH, bounds)
+
+
+def in_force(points: Iterable[Point], bounds: Bounds) -> Bounds:
+    """The bounds, without the one on refusals where these are not caused by concurrency."""
+    limit = limit_found(points)
+    if limit is None or limit.kind != "random" or limit.share <= bounds.max_429_ratio / 2:
+        return bounds
+    return replace(bounds, max_429_ratio=1.0)
+
+
+def pace_held(point: Point, paced: Iterable[Point]) -> bool:
+    """Whether a pace was reached at the highest level that was measured with it; else it is not what binds there."""
+    alike = [p for p in paced if replace(p.setting, level=point.level) == point.setting]
+    highest = max(alike, key=lambda p: p.level, default=point)
+    if highest.requests_per_minute is not None:
+        return 60 * highest.attempt_rate >= _HELD * highest.requests_per_minute
+    if highest.tokens_per_minute is not None and highest.tokens_per_second is not None:
+        return 60 * highest.tokens_per_second >= _HELD * highest.tokens_per_minute
+    return True
+
+
+def changes(rate: RateSeen) -> bool:
+    """Whether a limit is not the same all the time, so that its mean says little."""
+    return rate.slowest is not None and rate.fastest is not None and rate.slowest < _CHANGING * rate.fastest
+
+
+def _rounded_down(pace: float) -> float:
+    """To a whole number, a slow one to three digits."""
+    digits = max(0, 2 - math.floor(math.log10(pace)))
+    down = math.floor(pace * 10**digits) / 10**digits
+    return int(down) if digits == 0 else down
+
+
+def _pace_of(point: Point) -> float:
+    return point.requests_per_minute or point.tokens_per_minute or 0.0
+
+
+def recommend(points: Iterable[Point], bounds: Bounds, *, present: int | None = None) -> OperatingPoint:
+    """The operating point of a sweep, or a refusal. `present`: the calls at once that are set now. Pure."""
+    points = list(points)
+    groups = judged(points)
+    if not groups:
         return OperatingPoint(None, "unknown", "Nothing has been measured yet; let at least one level finish.")
-    if not feasible:
-        return _refusal(measured, bounds)
-    best = max(feasible, key=lambda p: p.goodput - p.goodput_error)
-    enough = GOOD_ENOUGH * (best.goodput - best.goodput_error)
-    chosen = next(p for p in feasible if p.goodput + p.goodput_error >= enough)
-    above = [p for p in measured if p.level > chosen.level]
-    binds, why = _what_binds(chosen, above, bounds, _rate_found(points))
+    found = standing(points, bounds)
+    if not found.feasible:
+        return _nothing_feasible(groups, in_force(points, bounds))
+    chosen = found.chosen
+    if chosen is None:
+        return _undecided(points, found, bounds)
+    binds, why = _what_binds(chosen, points, bounds)
+    unproven = in_force(points, bounds).unproven_by(chosen)
+    if unproven is not None:
+        return _unproven(chosen, binds, unproven, in_force(points, bounds))
+    low, high, confidence = _level_interval(found, chosen)
+    checks = list(_cross_checks(chosen, found))
+    best = found.best
+    share = (
+        "the most of all feasible settings" if chosen is best else f"{chosen.goodput / best.goodput:.0%} of the best"
+    )
     reason = (
-        f"It brings {chosen.goodput:.3g} successful calls/s ({chosen.succeeded} in {chosen.window_seconds:.3g} s), "
-        f"{_of_best(chosen, max(p.goodput for p in feasible))}, with {chosen.share_429:.1%} refusals "
-        f"(95 % interval {chosen.share_429_low:.1%} to {chosen.share_429_high:.1%}). {why}"
+        f"It brings {chosen.goodput:.3g} successful calls/s (95 % interval {chosen.goodput_low:.3g} to "
+        f"{chosen.goodput_high:.3g}), {share}, with {chosen.share_429:.1%} refusals (at most "
+        f"{chosen.share_429_high:.1%}). {why}"
     )
     return OperatingPoint(
-        chosen.level, binds, reason, chosen.goodput, chosen.share_429, tuple(_notes(chosen, points, bounds, binds))
+        chosen.level,
+        binds,
+        reason,
+        chosen.requests_per_minute,
+        chosen.tokens_per_minute,
+        _services_open(chosen, judged(points)) if binds == "pipeline" else None,
+        goodput=chosen.goodput,
+        goodput_low=chosen.goodput_low,
+        goodput_high=chosen.goodput_high,
+        share_429=chosen.share_429,
+        share_429_high=chosen.share_429_high,
+        level_low=low,
+        level_high=high,
+        confidence=min(confidence, 0.8) if checks else confidence,
+        waste=None if present is None else _waste(present, chosen, groups),
+        notes=(*checks, *_notes(chosen, points, bounds, binds)),
     )
 
 
-def judged(points: Iterable[Point]) -> list[Point]:
-    """One point a level, in order of level: the one measured longest, of equally long ones the latest; no burst."""
-    best: dict[int, Point] = {}
-    for point in points:
-        known = best.get(point.level)
-        if point.purpose != "burst" and (known is None or point.window_seconds >= 0.99 * known.window_seconds):
-            best[point.level] = point
-    rate = _rate_found(points)
-    return [replace(best[level], over_rate=_over(best[level], rate)) for level in sorted(best)]
+# --- in words
 
 
-def _rate_found(points: Iterable[Point]) -> float | None:
-    """Calls a second that the provider lets in for good, pooled over the refused points; None where none shows it.
-
-    A busy client sends late what it started, so its points tell too high a rate; they count only for want of others.
-    """
-    refused = [p for p in points if p.purpose != "burst" and p.admitted_seconds > 0]
-    for found in ([p for p in refused if p.limited_by != "client"], refused):
-        seconds = sum(p.admitted_seconds for p in found)
-        if seconds >= SECONDS_FOR_A_RATE:
-            return sum(p.admitted for p in found) / seconds
-    return None
-
-
-def _over(point: Point, rate: float | None) -> float:
-    """The share of a level's attempts that `rate` cannot sustain, whatever its bucket held while it was measured."""
-    surely = point.goodput - DEVIATIONS_TO_BE_SURE * point.goodput_error
-    return max(0.0, 1.0 - rate / surely) if rate and surely > 0 else 0.0
-
-
-def to_confirm(points: Iterable[Point], bounds: Bounds) -> tuple[int, float] | None:
-    """The recommended level and for how many seconds to measure it again, or None. Pure.
-
-    A short clean window proves little: a limit on a rate shows only once its bucket is empty.
-    `ATTEMPTS_TO_CONFIRM` without a refusal put the 429 share under 1 % (Wilson, 95 %). Where nothing at all was
-    refused, as long as a bucket of a minute needs to show at twice its rate, within five windows.
-    """
-    points = list(points)
-    answer = recommend(points, bounds)
-    chosen = next((p for p in judged(points) if p.level == answer.level), None)
-    if chosen is None or chosen.attempt_rate <= 0 or any(_confirms(p, chosen) for p in points):
-        return None
-    seconds = ATTEMPTS_TO_CONFIRM / chosen.attempt_rate
-    if not any(p.refused for p in points):
-        seconds = max(seconds, CLEAN_SECONDS)
-    elif chosen.share_429_high <= bounds.max_429_ratio:
-        return None
-    return chosen.level, min(seconds, MOST_LONGER * chosen.window_seconds)
-
-
-def _confirms(point: Point, chosen: Point) -> bool:
-    return point.level == chosen.level and point.purpose == "confirm"
-
-
-def next_level(points: Iterable[Point], bounds: Bounds) -> int | None:
-    """The integer between measured levels that would sharpen the recommendation most, or None. Pure.
-
-    Bisects between the recommended level and the next one that is refused, then, where goodput grows less than in
-    proportion, between the recommended level and the one below.
-    """
-    points = list(points)
-    chosen = recommend(points, bounds).level
-    measured = {p.level: p for p in judged(points)}
-    if chosen is None:
-        return None
-    above = min((p.level for p in measured.values() if p.level > chosen), default=None)
-    if above is not None and above - chosen > _resolution(chosen) and _by_provider(measured[above], bounds):
-        return (chosen + above) // 2
-    below = max((p.level for p in measured.values() if p.level < chosen), default=None)
-    if below is not None and chosen - below > _resolution(chosen):
-        in_proportion = measured[chosen].goodput * below / chosen
-        if measured[below].goodput > 1.1 * in_proportion:
-            return (chosen + below) // 2
-    return None
-
-
-def drift(points: Iterable[Point]) -> float | None:
-    """Relative change of goodput between a level's first and its repeated measurement; None without one."""
-    points = list(points)
-    for again in (p for p in points if p.purpose == "drift"):
-        first = next((p for p in points if p.level == again.level and p.purpose == "level"), None)
-        if first is not None and first.goodput > 0:
-            return again.goodput / first.goodput - 1.0
-    return None
-
-
-def _resolution(level: int) -> int:
-    """How far apart two levels may stay: an eighth, rounded up."""
-    return -(-level // 8)
-
-
-def _by_provider(point: Point, bounds: Bounds) -> bool:
-    """Whether a level is infeasible for what the provider did, so that the edge lies below it."""
-    broken = bounds.broken_by(point)
-    return broken is not None and broken != f"{point.limited_by}-limited"
-
-
-def _of_best(chosen: Point, best: float) -> str:
-    return "the most of all feasible levels" if chosen.goodput >= best else f"{chosen.goodput / best:.0%} of the best"
-
-
-def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds, rate: float | None) -> tuple[str, str]:
+def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple[str, str]:
+    groups = [p for p in judged(points) if not p.setting.paced]
+    above = [p for p in groups if p.level > chosen.level]
+    limit = limit_found(points)
+    worst = max(groups, key=lambda p: p.share_429, default=chosen)
+    if limit is not None and limit.kind == "concurrency":
+        most = "" if limit.most is None else f": it never lets more than {limit.most} in"
+        return "concurrency", f"The provider's limit on calls at once binds{most}; {_refused_at(worst)}."
+    if limit is not None and limit.rate is not None:
+        rate = limit.rate
+        text = f"The provider's limit on {_in_words(limit.kind)} binds, at {rate.per_second:.3g} calls/s"
+        if limit.kind == "tokens" and rate.tokens:
+            text += f" or {rate.tokens / rate.seconds * 60:.3g} tokens/min"
+        how = "as its headers say and" if rate.told else "by"
+        text += f" ({how} {rate.admitted} calls let in between refusals): {_refused_at(worst)}."
+        if changes(rate):
+            text += f" It changes, between {rate.slowest:.3g} and {rate.fastest:.3g} calls/s."
+        return limit.kind, text
+    if chosen.offered_rate is not None and chosen.goodput >= _IN_PROPORTION * chosen.offered_rate:
+        return "arrivals", f"All that arrives is served: {chosen.offered_rate:.3g} calls/s arrive."
     if not above:
-        return "latency", (
-            f"More would bring more: it is the highest level measured. Raise the levels beyond {chosen.level}."
-        )
+        return _at_the_top(chosen, [p for p in groups if p.level < chosen.level])
     following = above[0]
-    refused = next((p for p in above if p.share_429 > bounds.max_429_ratio), None)
-    kind = next((p.refused_by for p in above if p.refused_by), "unknown")
-    if (
-        following.over_rate > bounds.max_429_ratio
-        or (refused is not None and refused is following)
-        or (refused is not None and _is_beyond(chosen, following, kind, rate))
-    ):
-        why = f"The provider's limit on {_in_words(kind)} binds"
-        if rate is not None and kind in RATES:
-            why += f", at {rate:.3g} calls/s"
-        return kind, f"{why}: {_refused_at(refused)}." if refused is not None else f"{why}."
     if following.limited_by == "client":
         return "client", (
             f"At {following.level} this client itself was the limit ({_client_evidence(following)}); what the provider "
@@ -231,84 +364,216 @@ def _what_binds(chosen: Point, above: Sequence[Point], bounds: Bounds, rate: flo
         )
     if following.limited_by == "pipeline":
         return "pipeline", (
-            f"At {following.level} the pipeline kept only {following.in_flight:.1f} calls in flight: give it more "
-            "items, or raise `concurrency`, to use more."
+            f"At {following.level} the pipeline kept only {following.in_flight:.1f} calls in flight: "
+            f"{_more_open(following)}."
         )
-    if bounds.slo_p95 is not None and (following.service_p95 or 0) > bounds.slo_p95:
-        return "slo", f"At {following.level} the p95 of {following.service_p95:.3g} s breaks the bound."
+    p95, _ = bounded_p95(following)
+    if bounds.slo_p95 is not None and (p95 or 0) > bounds.slo_p95:
+        return "slo", f"At {following.level} the p95 of {p95:.3g} s breaks the bound."
     if following.error_share > bounds.max_error_ratio:
         return "errors", f"At {following.level} {following.error_share:.1%} of the calls fail in the end."
-    slower = (following.service_mean or 0) / (chosen.service_mean or 1)
-    gain = f"{following.goodput / chosen.goodput - 1:+.0%} calls"
+    highest = above[-1]
+    if highest.limited_by is None and chosen.level >= 0.9 * highest.level and limit is None:
+        return "latency", (
+            f"More would bring more: {highest.level}, the highest level measured, brings hardly more than in "
+            f"proportion. Raise the levels beyond {highest.level}."
+        )
+    slower = (highest.service_mean or 0) / (chosen.service_mean or 1)
+    gain = f"{highest.goodput / chosen.goodput - 1:+.0%} calls"
     if slower > SATURATED:
-        text = (
-            f"The provider is saturated: at {following.level} the mean service time is {slower:.2f} times as long, for "
+        return "server", (
+            f"The provider is saturated: at {highest.level} the mean service time is {slower:.2f} times as long, for "
             f"{gain}."
         )
-    else:
-        text = f"At {following.level} it brings {gain}, too little to tell from chance."
-    if refused is None:
-        return "server", text
-    text += f" Higher up the provider's limit on {_in_words(kind)} shows: {_refused_at(refused)}."
-    return ("server" if slower > SATURATED else kind), text
+    if limit is not None:
+        return limit.kind, f"At {highest.level} it brings {gain}; {_refused_at(worst)}."
+    return "server", f"At {highest.level} it brings {gain}, too little to tell from chance."
 
 
-def _is_beyond(chosen: Point, following: Point, kind: str, rate: float | None) -> bool:
-    """Whether a level that says nothing itself would, in proportion, need more than the rate that others found."""
-    if following.limited_by is None or kind not in RATES or rate is None:
-        return False
-    return chosen.goodput * following.level / chosen.level > rate
+def _at_the_top(chosen: Point, below: Sequence[Point]) -> tuple[str, str]:
+    """What the highest level measured says, against those below."""
+    lower = next((p for p in reversed(below) if p.level <= 0.75 * chosen.level and p.goodput > 0), None)
+    if lower is None:
+        return "unknown", "It is the only level measured thereabouts: what more or fewer would bring is not known."
+    if chosen.goodput / lower.goodput >= _IN_PROPORTION * chosen.level / lower.level:
+        return "latency", (
+            f"More would bring more: it is the highest level measured, and brings {chosen.goodput / lower.goodput:.2g} "
+            f"times what {lower.level} brings. Raise the levels beyond {chosen.level}."
+        )
+    return "server", (
+        f"The provider is nearing its capacity: {chosen.level} bring {chosen.goodput / lower.goodput - 1:+.0%} calls, "
+        f"held against {lower.level}."
+    )
 
 
-def _refusal(measured: Sequence[Point], bounds: Bounds) -> OperatingPoint:
-    """Nothing is feasible: why, and what to do."""
-    causes = "; ".join(f"at {p.level}: {bounds.broken_by(p)}" for p in measured)
-    lowest = measured[0]
+def services_open(point: Point) -> int | None:
+    """How many items must be open to fill a level that the pipeline left unfilled, in proportion; None: not known."""
+    if point.open_items is None or point.in_flight <= 0:
+        return None
+    return math.ceil(point.level * point.open_items / point.in_flight)
+
+
+def _services_open(chosen: Point, groups: Sequence[Point]) -> int | None:
+    return next((services_open(p) for p in groups if p.level > chosen.level and p.limited_by == "pipeline"), None)
+
+
+def _more_open(point: Point) -> str:
+    needed = services_open(point)
+    return "give more items" if needed is None else f"give more items, or raise `concurrency` to about {needed}"
+
+
+def _nothing_feasible(groups: Sequence[Point], bounds: Bounds) -> OperatingPoint:
+    """Nothing keeps the bounds: why, and what to do."""
+    causes = "; ".join(f"at {p.setting}: {bounds.broken_by(p)}" for p in groups)
+    lowest = groups[0]
     if lowest.limited_by == "client":
-        return OperatingPoint(
-            None, "client", f"This client was the limit at every level ({causes}). Measure on a quieter machine."
-        )
+        why, advice = f"This client was the limit at every level ({causes}).", "Measure on a quieter machine."
+        return OperatingPoint(None, "client", why, next_steps=(advice,))
     if lowest.limited_by == "pipeline":
-        return OperatingPoint(
-            None, "pipeline", f"There was too little to do at every level ({causes}). Give more items."
-        )
+        why = f"There was too little to do at every level ({causes})."
+        advice = f"{_more_open(lowest).capitalize()}, and measure again."
+        return OperatingPoint(None, "pipeline", why, next_steps=(advice,))
     if lowest.refused:
-        binds, advice = (
-            lowest.refused_by or "unknown",
-            ("Even the lowest level is refused: calls must be spaced out in time, or the limit raised."),
-        )
+        binds = lowest.refused_by or "unknown"
+        advice = "Even the lowest level is refused: measure lower levels or longer, or have the limit raised."
     elif lowest.failed:
         binds, advice = "errors", "Look at the errors first: calls fail in the end."
     elif bounds.slo_p95 is not None and lowest.succeeded:
         binds, advice = "slo", "Even the lowest level is slower than the bound: raise it, or ask for less a call."
     else:
         binds, advice = "unknown", "No call ended while it was measured: measure longer."
-    return OperatingPoint(None, binds, f"No level keeps the bounds ({causes}). {advice}")
+    return OperatingPoint(None, binds, f"No level keeps the bounds ({causes}).", next_steps=(advice,))
+
+
+def _undecided(points: Sequence[Point], found: Standing, bounds: Bounds) -> OperatingPoint:
+    candidate = next(p for p in found.feasible if not found.out(p))
+    rival = found.rival(candidate)
+    calls = calls_to_decide(found, candidate)
+    reason = (
+        f"Undecided: {candidate.setting} calls at once bring {candidate.goodput:.3g} ± "
+        f"{1.96 * candidate.goodput_error:.2g} successful calls/s, {rival.setting} bring {rival.goodput:.3g} ± "
+        f"{1.96 * rival.goodput_error:.2g}; that cannot tell whether the first has {GOOD_ENOUGH:.0%} of the second."
+    )
+    limit = limit_found(points)
+    return OperatingPoint(
+        None,
+        "unknown" if limit is None else limit.kind,
+        reason,
+        next_steps=(f"Measure longer: about {calls} calls at each of the two would decide it.",),
+    )
+
+
+def calls_to_decide(found: Standing, candidate: Point) -> int:
+    """How many calls a candidate and its rival each need, so that, if they are alike, it is shown."""
+    rival = found.rival(candidate)
+    margin = (1 - found.needed) / SURE
+    relative = [p.goodput_error / p.goodput * math.sqrt(p.succeeded) for p in (candidate, rival) if p.goodput > 0]
+    return math.ceil(2 * max(relative, default=1.0) ** 2 / margin**2)
+
+
+def _unproven(chosen: Point, binds: str, why: str, bounds: Bounds) -> OperatingPoint:
+    calls = max(bounds.attempts_to_prove, 2 * chosen.attempts if chosen.refused or chosen.failed else 0)
+    return OperatingPoint(
+        None,
+        binds,
+        f"{chosen.setting} calls at once look right, at {chosen.goodput:.3g} successful calls/s, but {why}.",
+        next_steps=(f"Measure longer: about {calls} attempts at this setting would do.",),
+    )
+
+
+def _level_interval(found: Standing, chosen: Point) -> tuple[int, int, float]:
+    """The 2.5 and 97.5 % quantile of the level, and how often the chosen one is good enough, when every setting's
+    goodput is drawn anew from its interval (a parametric bootstrap; the intervals come from blocks of time)."""
+    random = np.random.default_rng(0)
+    levels = np.array([p.level for p in found.feasible])
+    means = np.array([p.goodput for p in found.feasible])
+    errors = np.array([p.goodput_error for p in found.feasible])
+    drawn = random.normal(means, errors, (DRAWS, len(levels)))
+    enough = drawn >= found.needed * drawn.max(axis=1, keepdims=True)
+    smallest = levels[np.argmax(enough, axis=1)]
+    low, high = np.quantile(smallest, [0.025, 0.975], method="nearest")
+    return int(low), int(high), float(enough[:, found.feasible.index(chosen)].mean())
+
+
+def _cross_checks(chosen: Point, found: Standing) -> Iterable[str]:
+    """What disagrees, in words: a two-segment fit of goodput, and power, goodput by p95 (Giessler et al. 1978)."""
+    unpaced = [p for p in found.feasible if not p.setting.paced]
+    if len(unpaced) < 4 or chosen not in unpaced:
+        return
+    knee = two_segment_knee([p.level for p in unpaced], [p.goodput for p in unpaced])
+    if chosen.level < unpaced[-1].level and not 1 / _AGREES <= chosen.level / knee <= _AGREES:
+        yield f"A two-segment fit puts the knee at {knee:.0f}: the curve is not of that shape, so be careful."
+    power = {p.level: p.goodput / p.service_p95 for p in unpaced if p.service_p95}
+    if len(power) < len(unpaced):
+        return
+    strongest = max(power, key=power.__getitem__)
+    if not 1 / _AGREES <= chosen.level / strongest <= _AGREES:
+        yield f"Goodput by p95 is best at {strongest}: what is above buys calls with time, so look at p95."
+
+
+def two_segment_knee(levels: Sequence[float], goodput: Sequence[float]) -> float:
+    """Where a line through the origin meets a level line, by least squares over all break points."""
+    x, y = np.asarray(levels, float), np.asarray(goodput, float)
+    best, knee = math.inf, float(x[-1])
+    for count in range(1, len(x)):
+        slope = float((x[:count] * y[:count]).sum() / (x[:count] ** 2).sum())
+        flat = float(y[count:].mean())
+        misfit = float(((y[:count] - slope * x[:count]) ** 2).sum() + ((y[count:] - flat) ** 2).sum())
+        if misfit < best:
+            best, knee = misfit, flat / slope if slope > 0 else float(x[-1])
+    return knee
+
+
+def _waste(present: int, chosen: Point, groups: Sequence[Point]) -> str | None:
+    """What the setting in force wastes, from the measured levels around it."""
+    unpaced = [p for p in groups if not p.setting.paced and p.limited_by is None]
+    if not unpaced or chosen.goodput <= 0:
+        return None
+    levels = [0.0, *(float(p.level) for p in unpaced)]
+    brings = float(np.interp(present, levels, [0.0, *(p.goodput for p in unpaced)]))
+    refused = float(np.interp(present, levels, [0.0, *(p.share_429 for p in unpaced)]))
+    if refused > 0.02:
+        return f"You run {present}: about {refused:.0%} of its attempts are refused."
+    if brings < GOOD_ENOUGH * chosen.goodput:
+        return f"You run {present}: about {brings / chosen.goodput:.0%} of what {chosen.setting} brings."
+    if present > 1.25 * chosen.level:
+        return f"You run {present}: {present - chosen.level} calls at once more than are needed."
+    return None
 
 
 def _notes(chosen: Point, points: Sequence[Point], bounds: Bounds, binds: str) -> Iterable[str]:
+    limit = limit_found(points)
+    if limit is not None and limit.kind == "random":
+        yield (
+            f"{limit.share:.1%} of all attempts are refused, at every level alike: concurrency does not cause it, so "
+            "nothing was lowered for it."
+        )
     if chosen.succeeded < SAMPLES_FOR_P95:
         yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer."
-    if chosen.share_429_high > bounds.max_429_ratio:
-        yield (
-            f"{chosen.attempts} attempts cannot prove a 429 share under {bounds.max_429_ratio:.0%}; measure longer to "
-            "be sure."
-        )
     if not any(p.refused for p in points):
         yield (
             f"No limit was met, in {chosen.attempts} calls within {chosen.window_seconds:.3g} s: one on "
             f"{chosen.attempt_rate * 60:.0f} requests a minute or less whose bucket is deeper than that would not "
             "have shown."
         )
+    if not chosen.steady:
+        yield "The second half of its window was not like the first: the provider changes, or warms up; measure longer."
     lost = chosen.in_flight - chosen.goodput * (chosen.service_mean or 0.0)
-    if binds not in RATES and not chosen.refused and lost > 0.1 * chosen.in_flight and lost > 0.5:
+    if not any(p.refused for p in points) and lost > 0.1 * chosen.in_flight and lost > 0.5:
         yield (
             f"Of {chosen.in_flight:.1f} calls in flight {lost:.1f} did not end while it was measured: some hang, or "
             "take far longer than the window. Measure longer."
         )
     changed = drift(points)
-    if changed is not None and abs(changed) > 0.1:
+    if changed is not None and abs(changed) > DRIFTED and _is_real(points):
         yield f"The provider drifted: the first level, measured again last, brought {changed:+.0%} calls."
+
+
+def _is_real(points: Sequence[Point]) -> bool:
+    """Whether the drift is more than the errors of both windows."""
+    again = next(p for p in points if p.purpose == "drift")
+    first = next(p for p in points if p.setting == again.setting and p.purpose == "level")
+    return abs(again.goodput - first.goodput) > 2 * math.hypot(first.goodput_error, again.goodput_error)
 
 
 def _refused_at(point: Point) -> str:

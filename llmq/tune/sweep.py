@@ -1,94 +1,137 @@
 """Measure a provider at several concurrency levels, with the caller's own pipeline or coroutine.
 
-How a sweep goes, and why
-- A closed loop keeps each level full through a queue of its own; that queue owns the retries, so refusals are seen.
-- First a few calls tell the service time, and a short run at the highest level warms everything up and finds out
-  whether a rate limit refuses. Points taken before one was known are kept, and measured again.
-- If one does, its bucket is brought to one state before each level: emptied, since a bucket that has rested gives a
-  burst that flatters whichever level comes first, then left to refill a little: for one service time, since the first
-  calls of a level come all at once, and for three standard deviations of how many calls a window brings, since a
-  level right at the limit has ups and downs. What is above the limit by more than that runs dry within its window.
-- Levels come in shuffled order, and the first one again last, to see drift.
-- Of each level, what happens until it is full and one service time has passed is discarded.
-- Then whole levels between the measured ones are added where they would sharpen the answer, and the recommended
-  level is measured again for longer: a limit on a rate shows only once its bucket is empty.
-- Event-loop lag and CPU tell when this client is the limit, and not the provider.
+`plan.py` says what is measured next, `runner.py` measures it, `recommend.py` says what follows. Here they meet: points
+are saved as they come, caps stop, and a virtual sweep gets a loop of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
+import operator
 import random
-import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmq.core import LLMTaskMeta, Outcome
-from llmq.errors import ConfigError, ProviderError, QueueHaltedError
-from llmq.items import ItemRun
+from llmq.errors import ConfigError
+from llmq.ledger import Price
 from llmq.pipeline import Pipeline
-from llmq.queue import LLMQueue
-from llmq.retry import Kind, Retry, Verdict, classify, describe
-from llmq.runtime import RuntimeEnv, using
-from llmq.tune.point import RATES, Point, Purpose, Window, measure, spread
-from llmq.tune.recommend import Bounds, OperatingPoint, drift, next_level, recommend, to_confirm
-from llmq.tune.statistics import percentile
-from llmq.tune.storage import PointStore
+from llmq.records import Records
+from llmq.retry import Retry
+from llmq.runtime import RuntimeEnv
+from llmq.tune.evidence import drift, judged, limit_found
+from llmq.tune.guard import Caps, Prediction, Stopped
+from llmq.tune.limits import RATES
+from llmq.tune.plan import Extra, Step, next_step, steps_left
+from llmq.tune.point import Point
+from llmq.tune.recommend import Bounds, OperatingPoint, recommend
+from llmq.tune.runner import Load, Runner
+from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import pandas as pd
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 DEFAULT_LEVELS = (1, 2, 4, 8, 16, 32, 64)
-MAX_EXTRA = 8
-_LOOK_SECONDS = (0.01, 0.25)
-_LAG_SECONDS = 0.01
-_FEW_CALLS = 8
-_ERRORS_TO_GIVE_UP = 3
-_FAILURES_TO_GIVE_UP = 8
-_EMPTYING_SECONDS = 60.0
-_MARGIN_DEVIATIONS = 3.0
+VIRTUAL_CALLS = 2000
+_FAST = 0.5
 
 
 @dataclass
 class Sweep:
-    """What was measured, as it was measured, and what it says."""
+    """What was measured, as it was measured, and what it says.
+
+    `records` has each window's attempts by `Point.order`, where they were measured by this process; they are not
+    saved. `predicted` is what was expected to be used, `stopped` why it ended early, `present` the calls at once that
+    were set when it was made, `left` what the caps leave for more calls (None: nothing).
+    """
 
     points: list[Point]
     bounds: Bounds = field(default_factory=Bounds)
     title: str = ""
     hidden_retries: bool = False
+    records: dict[int, Records] = field(default_factory=dict, repr=False)
+    predicted: Prediction | None = None
+    stopped: str | None = None
+    present: int | None = None
+    left: Caps | None = field(default_factory=Caps, repr=False)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Sweep:
+        """A sweep that was saved with `out=folder`, without its records. A path of one of its files will do.
+
+        Raises ConfigError.
+        """
+        folder = Path(folder)
+        folder = folder.parent if folder.name in ("points.jsonl", ABOUT) else folder
+        points = read_points(folder / "points.jsonl")
+        if not points:
+            raise ConfigError(f"{folder} holds no point of a sweep")
+        about = read_about(folder)
+        return cls(
+            points,
+            about.bounds,
+            about.title,
+            about.hidden_retries,
+            predicted=about.predicted,
+            stopped=about.stopped,
+            present=about.present,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What `read` needs beside the points."""
+        return {
+            "title": self.title,
+            "bounds": asdict(self.bounds),
+            "hidden_retries": self.hidden_retries,
+            "predicted": None if self.predicted is None else asdict(self.predicted),
+            "stopped": self.stopped,
+            "present": self.present,
+        }
 
     @property
     def frame(self) -> pd.DataFrame:
-        """A DataFrame, a row a measured level in order of level; the columns are the fields of `Point`."""
+        """A DataFrame, a row a window in order of level; the columns are the fields of `Point`."""
         import pandas as pd
 
         columns = [column.name for column in fields(Point)]
         return pd.DataFrame([asdict(p) for p in self.by_level()], columns=columns)
 
     def recommend(self) -> OperatingPoint:
-        """The level to set, and why."""
-        answer = recommend(self.points, self.bounds)
-        if not self.hidden_retries:
-            return answer
-        warning = (
-            "Your client retries by itself, so refusals were hidden and the 429 share is not to be trusted: hand its "
-            "retries over (llmq.wrap) or switch them off (max_retries=0), and measure again."
-        )
-        return replace(answer, notes=(warning, *answer.notes))
+        """What to set, and why; or why nothing can be recommended, and what to do."""
+        answer = recommend(self.points, self.bounds, present=self.present)
+        notes = answer.notes
+        if self.stopped is not None:
+            notes = (f"The sweep {self.stopped}.", *notes)
+        if self.hidden_retries:
+            warning = (
+                "Your client retries by itself, so refusals were hidden and the 429 share is not to be trusted: hand "
+                "its retries over (llmq.wrap) or switch them off (max_retries=0), and measure again."
+            )
+            notes = (warning, *notes)
+        return replace(answer, notes=notes)
+
+    def apply(self, path: str | Path = "config/app.yaml") -> dict[str, object]:
+        """Put the operating point into a settings file; its comments and all other keys stay as they are.
+
+        Returns what was changed: new values by name.
+        Raises ConfigError where nothing can be recommended, or for a file that cannot be changed.
+        """
+        from llmq.tune.apply import apply
+
+        return apply(self.recommend(), Path(path))
 
     def plot(self) -> Figure:
         """One figure: goodput, 429 share, service and wait times against concurrency."""
@@ -106,13 +149,17 @@ class Sweep:
         return text_table(self)
 
     def by_level(self) -> list[Point]:
-        """All points in order of level, then of time."""
-        return sorted(self.points, key=lambda p: (p.level, p.order))
+        """All windows in order of pace, level and time."""
+        return sorted(self.points, key=lambda p: (p.setting.paced, p.level, p.order))
+
+    def judged(self) -> list[Point]:
+        """One point a setting, its windows pooled."""
+        return judged(self.points)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a sweep is: `done` of about `total` levels, the one being measured, the newest point."""
+    """How far a sweep is: `done` of about `total` windows, the level being measured, the newest point."""
 
     done: int
     total: int
@@ -125,7 +172,10 @@ async def sweep(
     items: Iterable[T],
     levels: Sequence[int] | None = None,
     *,
+    virtual: bool = False,
     seconds: float | None = None,
+    calls: int | None = None,
+    arrivals: float | Sequence[float] | None = None,
     slo_p95: float | None = None,
     max_429_ratio: float = 0.01,
     max_error_ratio: float = 0.01,
@@ -133,6 +183,9 @@ async def sweep(
     request_timeout: float | None = None,
     open_items: int | None = None,
     refine: bool = True,
+    caps: Caps | None = None,
+    prices: Mapping[str, Price] | None = None,
+    on_plan: Callable[[Prediction], bool] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -141,10 +194,20 @@ async def sweep(
 ) -> Sweep:
     """Measure `call(item)`, or a pipeline over items, at each level (calls at once), and say which to use.
 
-    A list of items is used over and over; an iterator only as long as it lasts. `seconds` is how long each level
-    is measured after its warm-up: by default 40 service times, between 2 and 20 s. `slo_p95` bounds the 95th
-    percentile of the service time, in seconds. `retry` and `request_timeout` default to the settings in force.
-    With `out`, each point is saved there as it is measured, and `resume` goes on with what is there.
+    A list of items is used over and over; an iterator only as long as it lasts. `seconds` is how long a window
+    is after its warm-up (default: 40 service times, between 2 and 20 s), `calls` how many attempts it has at least.
+
+    `virtual`: on a virtual clock, an hour in a second, with `calls` of 2,000. Only what waits by the loop's timers can
+    be virtual, such as `llmq.testing.SimulatedProvider`: sockets and threads raise `VirtualTimeError`.
+
+    `arrivals`: an open loop. Calls come at so many a second, at random (Poisson), or at the given seconds, over and
+    over; response times count from the intended start, and `slo_p95` bounds them. Otherwise the loop is closed: each
+    level is kept full, and `slo_p95` bounds the service time.
+
+    `refine` adds windows by itself: levels in between, paces where a rate binds, more samples where needed. `caps`
+    stop it hard, with what was measured; `on_plan` is told what it will use, after the first few calls and before the
+    rest, and returns False to stop. `prices` (default: the settings') are by model. `retry` and `request_timeout`
+    default to the settings in force. With `out`, each point is saved there as it is measured, and `resume` goes on.
 
     A plain call holds one slot; what it sends through `llmq.submit` itself takes no second one. Runs on asyncio.
     Hand the retries of your own client over (`llmq.wrap`) or switch them off (`max_retries=0`): hidden ones cannot be
@@ -155,312 +218,197 @@ async def sweep(
     settings = RuntimeEnv.instance().settings
     order = _checked_levels(DEFAULT_LEVELS if levels is None else levels)
     bounds = Bounds(max_429_ratio, max_error_ratio, slo_p95)
-    runner = _Runner(
+    if virtual and seconds is None and calls is None:
+        calls = VIRTUAL_CALLS
+    load = Load(
+        _positive("seconds", seconds), _checked_calls(calls), _checked_arrivals(arrivals, call_or_pipeline), seed
+    )
+    what = _describe(call_or_pipeline, title, load, virtual=virtual)
+    store = None if out is None else PointStore(Path(out), what, resume=resume)
+    unpaced = settings.llm_queue_enabled and not settings.queue_policy.limits
+    present = settings.llm_queue_concurrency if unpaced else None  # of others it is not known what they would bring
+    known = Sweep.read(store.folder) if store and store.points else Sweep([])
+    result = Sweep(
+        list(store.points) if store else [],
+        bounds,
+        title,
+        known.hidden_retries,
+        predicted=known.predicted,
+        present=present,
+        left=caps or Caps(),
+    )
+    make_runner = functools.partial(
+        Runner,
         call_or_pipeline,
         items,
+        load=load,
         retry=settings.retry if retry is None else retry,
         request_timeout=settings.request_timeout if request_timeout is None else request_timeout,
         open_items=settings.concurrency if open_items is None else open_items,
-        seconds=_positive("seconds", seconds),
         highest=order[-1],
+        caps=caps or Caps(),
+        prices=settings.prices if prices is None else prices,
     )
-    store = None if out is None else PointStore(Path(out), _describe(call_or_pipeline, title, seconds), resume=resume)
-    result = Sweep(list(store.points) if store else [], bounds, title)
-    runner.rate_limited = any(p.refused_by in RATES for p in result.points)
-    report = on_progress or print_progress
     random.Random(seed).shuffle(order)
-    extra = MAX_EXTRA if refine else 0
-    while (step := _next_step(result.points, order, bounds, extra)) is not None:
-        done, total = len(result.points), len(result.points) + _steps_left(result.points, order)
-        report(Progress(done, total, step.level))
-        if not runner.probed:
-            await runner.probe()
-        known_before = runner.rate_limited
-        point = await runner.measure(step, done)
-        extra -= step.extra
-        result.points.append(point)
-        if runner.rate_limited and not known_before:
-            for earlier in result.points:  # they may have lived on what a rested bucket held
-                earlier.purpose = "burst"
-        if store is not None:
-            store.add(point)
-            store.rewrite()
-        report(Progress(done + 1, total, None, point))
-    result.hidden_retries = runner.hidden_retries
+    work = _Work(
+        result, order, make_runner, store, on_plan, on_progress or print_progress, virtual=virtual, refine=refine
+    )
+    if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
+        await _in_virtual_time(work.run)
+    else:
+        await work.run()
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What to measure next; `seconds` None is the usual window."""
+@dataclass(slots=True)
+class _Work:
+    """One sweep under way."""
 
-    level: int
-    purpose: Purpose = "level"
-    seconds: float | None = None
-    extra: bool = False
+    result: Sweep
+    order: list[int]
+    make_runner: Callable[[], Runner]
+    store: PointStore | None
+    on_plan: Callable[[Prediction], bool] | None
+    report: Callable[[Progress], None]
+    virtual: bool
+    refine: bool
+    extra: Extra = field(default_factory=lambda: Extra(0))
+
+    def next_step(self) -> Step | None:
+        """What to measure next."""
+        result = self.result
+        return next_step(result.points, self.order, result.bounds, self.extra)
+
+    async def run(self) -> None:
+        """Measure until nothing is left, or a cap is met."""
+        step = self.next_step()
+        if step is None:
+            return
+        if step.purpose == "level":
+            for point in self.result.points:  # of an earlier plan: this one ends in a drift of its own
+                point.purpose = "more" if point.purpose == "drift" else point.purpose
+        runner = self.make_runner()  # in the loop that it measures in
+        limit = limit_found(self.result.points)
+        runner.rate_limited = limit is not None and limit.kind in RATES
+        try:
+            await self._work(runner)
+        except BaseException:
+            with contextlib.suppress(ConfigError):  # what went wrong first is told
+                self._keep(runner)
+            raise
+        self._keep(runner)
+
+    async def _work(self, runner: Runner) -> None:
+        try:
+            await runner.probe()
+            if self._goes_on(runner):
+                await runner.warm_up()
+                await self._measure_all(runner)
+        except Stopped as error:
+            self.result.stopped = str(error)
+
+    def _keep(self, runner: Runner) -> None:
+        self.result.left = runner.used.left()
+        self.result.hidden_retries = self.result.hidden_retries or runner.hidden_retries
+        if self.store is not None:
+            self.store.tell(self.result.about())
+
+    def _goes_on(self, runner: Runner) -> bool:
+        self.result.predicted = runner.predicted(self.order)
+        if self.on_plan is not None and not self.on_plan(self.result.predicted):
+            self.result.stopped = "was not wanted, after its first few calls"
+            return False
+        return True
+
+    async def _measure_all(self, runner: Runner) -> None:
+        points, order, bounds = self.result.points, self.order, self.result.bounds
+        if self.refine:
+            self.extra = Extra.of(len(order), runner.usual_seconds(), virtual=self.virtual)
+        while (step := self.next_step()) is not None:
+            done, total = len(points), len(points) + steps_left(points, order, bounds)
+            self.report(Progress(done, total, step.setting.level))
+            known_before, began_at = runner.rate_limited, clock()
+            point, records = await runner.measure(step, done, step.purpose)
+            self.extra = self.extra.less(clock() - began_at) if step.extra else self.extra
+            points.append(point)
+            self.result.records[point.order] = records
+            self._heed_refusals(runner, known_before)
+            if self.store is not None:
+                self.store.add(point)
+                self.store.rewrite()
+            self.report(Progress(done + 1, total, None, point))
+
+    def _heed_refusals(self, runner: Runner, known_before: bool) -> None:
+        """Whether there is a bucket to empty before each window, from now on."""
+        points = self.result.points
+        limit = limit_found(points)
+        if limit is not None and limit.kind not in RATES:
+            runner.rate_limited = False
+        elif runner.rate_limited and not known_before and all(p.purpose != "burst" for p in points):
+            fast = _FAST * points[-1].goodput
+            for earlier in (p for p in points if p.attempt_rate > fast):  # may have lived on what a rested bucket held
+                earlier.purpose = "burst"
 
 
-def _next_step(points: Sequence[Point], order: Sequence[int], bounds: Bounds, extra: int) -> _Step | None:
-    """The asked levels in order, then levels in between, then the confirmation, last the drift. None: done."""
-    known = {p.level for p in points if p.purpose in ("level", "confirm")}
-    for level in order:
-        if level not in known:
-            return _Step(level)
-    if extra > 0:
-        between = next_level(points, bounds)
-        if between is not None:
-            return _Step(between, extra=True)
-        unsure = to_confirm(points, bounds)
-        if unsure is not None:
-            return _Step(unsure[0], "confirm", unsure[1], extra=True)
-    if any(p.purpose == "drift" for p in points):
-        return None
-    return _Step(order[0], "drift")
+async def _in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Run it in a thread of its own, on a loop of its own; cancelled with the caller."""
+    loop = VirtualLoop()
+    task: asyncio.Task[R] | None = None
+    ready = threading.Event()
+    context = contextvars.copy_context()
 
+    async def started() -> R:
+        nonlocal task
+        task = asyncio.ensure_future(main())
+        ready.set()
+        return await task
 
-def _steps_left(points: Sequence[Point], order: Sequence[int]) -> int:
-    known = {p.level for p in points if p.purpose in ("level", "confirm")}
-    return max(1, sum(level not in known for level in order) + (not any(p.purpose == "drift" for p in points)))
+    def run() -> R:
+        try:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                return runner.run(started(), context=context)
+        finally:
+            loop.close()
+            ready.set()
+
+    waiting = asyncio.ensure_future(asyncio.to_thread(run))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        await asyncio.to_thread(ready.wait)
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
+                loop.call_soon_threadsafe(task.cancel)
+        await asyncio.gather(waiting, return_exceptions=True)
+        raise
 
 
 def print_progress(progress: Progress) -> None:
-    """A line for each level that has been measured."""
+    """A line for each window that has been measured."""
     point = progress.point
     if point is not None:
+        pace = f" ({point.setting.pace})" if point.setting.paced else ""
         print(
-            f"[{progress.done}/{progress.total}] {point.level:>3} at once: {point.goodput:7.2f} ok/s, "
+            f"[{progress.done}/{progress.total}] {point.level:>3} at once{pace}: {point.goodput:7.2f} ok/s, "
             f"429 {point.share_429:6.1%}, p95 {point.service_p95 or float('nan'):.3g} s",
             flush=True,
         )
 
 
-class _Runner:
-    """Runs the caller's work at one level after the other."""
-
-    def __init__(
-        self,
-        target: Callable[[Any], Awaitable[object]] | Pipeline,
-        items: Iterable[Any],
-        *,
-        retry: Retry,
-        request_timeout: float | None,
-        open_items: int,
-        seconds: float | None,
-        highest: int,
-    ) -> None:
-        self._target = target
-        self._items = _endless(items)
-        self._retry = retry
-        self._request_timeout = request_timeout
-        self._open_items = open_items
-        self._seconds = seconds
-        self._highest = highest
-        self._service_seconds = 0.5
-        self._service_spread = 0.5
-        self._proven = False
-        self.probed = False
-        self.rate_limited = False
-        self.hidden_retries = False
-
-    async def probe(self) -> None:
-        """Learn the service time from a few calls; then warm up at the highest level and see if it is refused."""
-        self.probed = True
-        few = min(_FEW_CALLS, self._highest)
-        async with self._running(few) as run:
-            await run.until(math.inf, lambda: run.succeeded() >= _FEW_CALLS)
-            self._learn(run)
-        self._proven = True
-        async with self._running(self._highest) as run:
-            await run.until(clock() + self._window_seconds(), lambda: run.refusals.count > 0)
-            self.rate_limited = self.rate_limited or run.refusals.count > 0
-
-    async def measure(self, step: _Step, order: int) -> Point:
-        """One level, from a known state of the provider's buckets."""
-        window_seconds = step.seconds or self._window_seconds()
-        if self.rate_limited:
-            await self._empty_bucket(step.level, window_seconds)
-        async with self._running(step.level) as run:
-            started_at = clock()
-            await run.warmed_up(self._service_seconds)
-            meter = _ClientMeter()
-            start = clock()
-            await run.until(start + window_seconds, lambda: False)
-            window = Window(start, clock(), start - started_at, meter.cpu_share(), meter.loop_lag_p99())
-            meter.stop()
-            self._learn(run)
-            self.rate_limited = self.rate_limited or run.refusals.count > 0
-        # Only now, with the rest cancelled and recorded, is it known how long what was in flight at the end ran.
-        return measure(step.level, run.queue.records(), window, order=order, purpose=step.purpose)
-
-    async def _empty_bucket(self, level: int, window_seconds: float) -> None:
-        """Spend what a rested bucket holds, at the highest level; then let it refill a little.
-
-        A window brings n = window * level / service calls, give or take cv * sqrt(n) (a renewal count, Cox 1962).
-        """
-        async with self._running(self._highest) as run:
-            await run.until(clock() + _EMPTYING_SECONDS, lambda: run.refusals.count > 0)
-        calls = window_seconds * level / self._service_seconds
-        ups_and_downs = _MARGIN_DEVIATIONS * self._service_spread / math.sqrt(calls) * window_seconds
-        await asyncio.sleep(self._service_seconds + ups_and_downs)
-
-    @asynccontextmanager
-    async def _running(self, level: int) -> AsyncIterator[_Run]:
-        refusals = _RateRefusals()
-        queue = LLMQueue(level, request_timeout=self._request_timeout, classify=refusals.judge, telemetry=None)
-        with using(queue):
-            outcomes = self._start(queue, level)
-            consuming = _consume(outcomes, proven=self._proven)
-            look_seconds = min(_LOOK_SECONDS[1], max(_LOOK_SECONDS[0], 0.05 * self._service_seconds))
-            run = _Run(queue, refusals, asyncio.create_task(consuming), look_seconds)
-        try:
-            yield run
-        finally:
-            run.consumer.cancel()
-            await asyncio.gather(run.consumer, return_exceptions=True)
-
-    def _start(self, queue: LLMQueue, level: int) -> ItemRun[Any, Any]:
-        if isinstance(self._target, Pipeline):
-            return self._target.run(self._items, open_items=max(level, self._open_items), retry=self._retry)
-        call = self._target
-        meta = LLMTaskMeta(getattr(call, "__name__", None))
-
-        async def ungated(item: Any) -> object:
-            with using(None):  # it holds a slot already: what it submits itself must not wait for a second one
-                return await call(item)
-
-        async def run_one(_index: int, item: Any) -> object:
-            return await queue.submit(functools.partial(ungated, item), meta=meta, retry=self._retry)
-
-        return ItemRun(run_one, self._items, lambda: 2 * level)  # as many wait as run: the queue is never empty
-
-    def _window_seconds(self) -> float:
-        return self._seconds or min(20.0, max(2.0, 40.0 * self._service_seconds))
-
-    def _learn(self, run: _Run) -> None:
-        done = run.service_times()
-        if done:
-            self._service_seconds = sum(done) / len(done)
-            self._service_spread = spread(done)
-        seen = any(attempt.seen for attempt in run.queue.records().attempts)
-        hidden = run.queue.hidden_retries or (run.refusals.hidden_retries and not seen)
-        self.hidden_retries = self.hidden_retries or bool(hidden)
-
-
-class _RateRefusals:
-    """Counts refusals by a limit on a rate, or by one that does not say what it limits."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.hidden_retries = False
-
-    def judge(self, error: BaseException) -> Verdict:
-        """`llmq.classify`, counted; also sees if the SDK had retried by itself before it gave up."""
-        verdict = classify(error)
-        self.count += verdict.limit_type in RATES
-        request = getattr(getattr(error, "response", None), "request", None)
-        retries = getattr(request, "headers", {}).get("x-stainless-retry-count", "0")
-        self.hidden_retries = self.hidden_retries or retries != "0"
-        return verdict
-
-
-class _Run:
-    """One level while it runs."""
-
-    def __init__(
-        self, queue: LLMQueue, refusals: _RateRefusals, consumer: asyncio.Task[None], look_seconds: float
-    ) -> None:
-        self.queue = queue
-        self.refusals = refusals
-        self.consumer = consumer
-        self._look_seconds = look_seconds
-
-    async def warmed_up(self, service_seconds: float) -> None:
-        """Until the level is full and one service time has passed since, or it is plain that it stays unfilled."""
-        deadline = clock() + 2.0 + 5.0 * service_seconds
-        await self.until(deadline, lambda: self.queue.statistics().in_flight >= self.queue.max_concurrency)
-        await self.until(min(deadline, clock() + service_seconds), lambda: False)
-
-    async def until(self, deadline: float, enough: Callable[[], bool]) -> None:
-        """Until the deadline, or `enough()`, or there is nothing left to do."""
-        while clock() < deadline and not self.consumer.done() and not enough():
-            await asyncio.sleep(min(self._look_seconds, deadline - clock()))
-        self._raise_if_broken()
-
-    def succeeded(self) -> int:
-        """Successful calls so far."""
-        return self.queue.statistics().ended[Outcome.SUCCEEDED]
-
-    def service_times(self) -> list[float]:
-        """Of the successful attempts so far, in seconds."""
-        records = self.queue.records().attempts
-        return [a.service_seconds for a in records if a.outcome == "ok" and a.service_seconds is not None]
-
-    def _raise_if_broken(self) -> None:
-        if self.consumer.done() and not self.consumer.cancelled():
-            error = self.consumer.exception()
-            if error is not None:
-                raise error
-
-
-class _ClientMeter:
-    """CPU of this process and lag of this loop. Says None in virtual time, where neither means anything."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._virtual = isinstance(loop, VirtualLoop)
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._lags: list[float] = []
-        self._task = None if self._virtual else loop.create_task(self._watch())
-
-    def cpu_share(self) -> float | None:
-        """CPU seconds a second since the start."""
-        wall = time.monotonic() - self._wall
-        return None if self._virtual or wall <= 0 else (time.process_time() - self._cpu) / wall
-
-    def loop_lag_p99(self) -> float | None:
-        """99th percentile of how much later than asked the loop woke a sleeper, in seconds."""
-        return percentile(self._lags, 0.99)
-
-    def stop(self) -> None:
-        """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while True:
-            asked = time.monotonic() + _LAG_SECONDS
-            await asyncio.sleep(_LAG_SECONDS)
-            self._lags.append(max(0.0, time.monotonic() - asked))
-
-
-async def _consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
-    """Take outcomes as they come. Until the work is `proven`, raise where nothing succeeds."""
-    errors: list[BaseException] = []
-    async with outcomes as stream:
-        async for outcome in stream:
-            if proven or outcome.error is None:
-                break
-            errors.append(outcome.error)
-            verdict = classify(outcome.error)
-            hopeless = _ERRORS_TO_GIVE_UP if verdict.kind in (Kind.CALLER, Kind.QUOTA) else _FAILURES_TO_GIVE_UP
-            halted = isinstance(outcome.error, QueueHaltedError)
-            if halted or len(errors) >= hopeless:
-                if verdict.kind is Kind.CALLER and verdict.status_code is None and not halted:
-                    raise outcome.error  # a bug in the caller's own code
-                raise ProviderError(
-                    f"none of the first {len(errors)} calls succeeded ({describe(outcome.error)}); there is nothing to "
-                    "measure",
-                    status_code=verdict.status_code,
-                ) from outcome.error
-        async for _ in stream:
-            pass
-
-
 def _checked_levels(levels: Iterable[int]) -> list[int]:
-    found = list(levels) if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]
-    if not found or any(type(level) is not int or level < 1 for level in found):
+    given = list(levels) if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]
+    found = {_whole(level) for level in given}
+    if not found or min(found) < 1:
         raise ConfigError(f"levels are calls at once, whole numbers, each at least 1; got {levels!r}")
-    return sorted(set(found))
+    return sorted(found)
+
+
+def _whole(number: object) -> int:
+    """A whole number, numpy's too, and neither True nor False; 0 for anything else."""
+    try:
+        return 0 if isinstance(number, bool) else operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
 
 
 def _positive(name: str, value: float | None) -> float | None:
@@ -469,19 +417,38 @@ def _positive(name: str, value: float | None) -> float | None:
     return value
 
 
-def _endless(items: Iterable[T]) -> Iterator[T]:
-    """A collection over and over, an iterator as it is."""
-    if isinstance(items, AsyncIterable):
-        raise ConfigError("sweep() needs a plain iterable of items, not an asynchronous one")
-    if not isinstance(items, Collection):
-        return iter(items)
-    if not items:
-        raise ConfigError("sweep() needs at least one item")
-    return itertools.cycle(items)
+def _checked_calls(calls: int | None) -> int | None:
+    if calls is None:
+        return None
+    if _whole(calls) < 1:
+        raise ConfigError(f"calls is a whole number, at least 1; got {calls!r}")
+    return _whole(calls)
 
 
-def _describe(target: object, title: str, seconds: float | None) -> str:
+def _checked_arrivals(arrivals: object, target: object) -> float | tuple[float, ...] | None:
+    if arrivals is None:
+        return None
+    if isinstance(target, Pipeline):
+        raise ConfigError("arrivals are of single calls; a pipeline's calls come from its stages")
+    if isinstance(arrivals, (int, float)):
+        return _positive("arrivals (calls a second)", arrivals)
+    times = tuple(arrivals) if isinstance(arrivals, Iterable) else ()
+    if len(times) < 2 or any(b < a for a, b in itertools.pairwise(times)) or times[-1] <= times[0]:
+        raise ConfigError(
+            "arrivals are calls a second, or at least two moments in seconds, in order and not all the same"
+        )
+    return times
+
+
+def _describe(target: object, title: str, load: Load, *, virtual: bool) -> str:
     """What tells one sweep from another, when it is resumed."""
     stages = [stage.name for stage in target.stages] if isinstance(target, Pipeline) else []
     what = "-".join(stages[:4]) or getattr(target, "__name__", "call")
-    return f"{title or 'sweep'}; {what}; {'automatic' if seconds is None else f'{seconds:g} s'} a level"
+    lasts = [f"{load.seconds:g} s"] if load.seconds else []
+    lasts += [f"{load.calls} calls"] if load.calls else []
+    parts = [title or "sweep", what, f"{' and '.join(lasts) or 'automatic'} a level"]
+    if load.arrivals is not None:
+        parts.append(f"arrivals {load.arrivals if isinstance(load.arrivals, (int, float)) else len(load.arrivals)}")
+    if virtual:
+        parts.append("virtual")
+    return "; ".join(parts)

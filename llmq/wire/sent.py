@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING
 from weakref import ref
 
 from llmq import waiters
-from llmq.dialects import Usage, is_known_event, is_last_event, judge_event, judge_response, usage_of
+from llmq.dialects import (
+    RateLimitState,
+    Usage,
+    is_known_event,
+    is_last_event,
+    judge_event,
+    judge_response,
+    rate_limit_state,
+    usage_of,
+)
 from llmq.errors import StreamCutError
 from llmq.retry import Kind, Verdict, classify
 from llmq.usage import Tokens, check_tokens
@@ -106,6 +115,7 @@ class Sent:
         "known",
         "last_chunk_at",
         "late",
+        "limits",
         "number",
         "output_tokens",
         "request_headers",
@@ -133,6 +143,7 @@ class Sent:
         self.input_tokens: int | None = None
         self.output_tokens: int | None = None
         self.response_model: str | None = None
+        self.limits: tuple[RateLimitState, ...] = ()
         self.request_headers: Mapping[str, str] = {}
         self.span: AttemptSpan | None = None
         self.late = False
@@ -265,6 +276,7 @@ class Sent:
             self._operation.refused(self.verdict)
 
     def _heed(self, headers: Mapping[str, str]) -> None:
+        self.limits = tuple(rate_limit_state(headers))
         if self._operation is not None and self._operation.span is not None:
             self._operation.span.limits_seen(headers)
 

@@ -1,0 +1,596 @@
+"""Runs the caller's work at one setting after the other, and measures each from a known state. asyncio only.
+
+- Each window has a queue of its own; that queue owns the retries, so refusals are seen.
+- First a few calls tell the service time; then a run at the highest level warms everything up, until service times
+  have settled, and finds out whether a rate limit refuses.
+- If one does, its bucket is brought to one state before each window: emptied, since a bucket that has rested gives a
+  burst that flatters whichever level comes first, then left to refill a little: for one service time, since the first
+  calls of a level come all at once, and for three standard deviations of how many calls a window brings, since a
+  level right at the limit has ups and downs. What is above the limit by more than that runs dry within its window.
+- Of each window, what happens until the level is reached and one service time has passed is discarded (one of the
+  window before, where that is longer: a server may work on at what was cancelled), and then what the series itself
+  shows to be unsettled (`settled_from`).
+- A window lasts three times as long as the provider was seen to close for (a Retry-After, or nothing let in), up to
+  three minutes: a limit on a minute is judged on minutes.
+- Event-loop lag and CPU tell when this client is the limit, and not the provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import math
+import random
+import time
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+from llmq.core import LLMTaskMeta
+from llmq.core.rates import paces
+from llmq.errors import ConfigError, ProviderError, QueueHaltedError
+from llmq.items import ItemRun
+from llmq.ledger import BudgetEvent, Ledger, Price
+from llmq.pipeline import Pipeline
+from llmq.queue import LLMQueue
+from llmq.records import AttemptRecord, Records
+from llmq.retry import Kind, Retry, Verdict, classify, describe, limits_told
+from llmq.runtime import using
+from llmq.tune.guard import Caps, Prediction, Stopped, Used, predict
+from llmq.tune.limits import by_a_rate, closed_seconds
+from llmq.tune.plan import Step
+from llmq.tune.point import Point, Purpose, Setting, Window, measure
+from llmq.tune.statistics import BLOCKS, block_counts, count_interval, percentile, settled_from, spread
+from llmq.unqueued import unqueued
+from llmq.virtual import VirtualLoop
+from llmq.waiters import clock
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = (0.01, 0.25)
+_LAG_SECONDS = 0.01
+_FEW_CALLS = 8
+_LAST_CALLS = 100
+_ERRORS_TO_GIVE_UP = 3
+_FAILURES_TO_GIVE_UP = 8
+_EMPTYING_SECONDS = 60.0
+_MARGIN_DEVIATIONS = 3.0
+_MOST_LONGER = 5.0
+_HOLDS = 3.0
+_LONGEST_HOLD = 60.0
+_WARM_UP_WINDOWS = 3
+_WARM_UP_SECONDS = 2.0
+_SETTLED = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How windows are filled and how long they last. `seconds` and `calls` (None: by the service time) of a usual one;
+    `arrivals`: calls a second, at random (Poisson), or the seconds at which they come; None: a closed loop."""
+
+    seconds: float | None = None
+    calls: int | None = None
+    arrivals: float | tuple[float, ...] | None = None
+    seed: int = 0
+
+    def window_seconds(self, service_seconds: float) -> float:
+        """How long a usual window lasts at least."""
+        if self.seconds is not None:
+            return self.seconds
+        if self.calls is not None:
+            return 10.0 * service_seconds
+        return min(20.0, max(2.0, 40.0 * service_seconds))
+
+
+class Runner:
+    """Runs one target at any setting. Raises what the work raises if nothing but errors of its own comes back."""
+
+    def __init__(
+        self,
+        target: Callable[[Any], Awaitable[object]] | Pipeline,
+        items: Iterable[Any],
+        *,
+        load: Load,
+        retry: Retry,
+        request_timeout: float | None,
+        open_items: int,
+        highest: int,
+        caps: Caps,
+        prices: Mapping[str, Price],
+    ) -> None:
+        self._target = target
+        self._items = endless(items)
+        self._load = load
+        self._retry = retry
+        self._request_timeout = request_timeout
+        self._open_items = open_items
+        self._highest = highest
+        self._proven = False
+        self._longest_hold = 0.0
+        self._left_seconds = 0.0
+        self.used = Used(caps, prices)
+        self.service_seconds = 0.5
+        self.service_spread = 0.5
+        self.probed = False
+        self.rate_limited = False
+        self.hidden_retries = False
+
+    async def probe(self) -> None:
+        """Learn the service time from a few calls, and whether the caps can be kept."""
+        few = min(_FEW_CALLS, self._highest)
+        async with self._running(Setting(few)) as run:
+            try:
+                await run.until(math.inf, lambda: run.succeeded >= _FEW_CALLS)
+            except Stopped as stopped:
+                run.raise_hopeless(str(stopped))
+                raise
+            run.raise_hopeless("there are no more items")
+            self._learn(run)
+        if self.service_seconds <= 0:
+            raise ConfigError(
+                "a call takes no virtual time, so there is nothing to measure: let it wait by the loop's timers "
+                "(asyncio.sleep, llmq.testing.SimulatedProvider), or measure in real time, without virtual"
+            )
+        self.used.check_countable()
+        self._proven = self.probed = True
+
+    async def warm_up(self) -> None:
+        """Run at the highest level until service times have settled; see if it is refused."""
+        before = None
+        for _ in range(_WARM_UP_WINDOWS):
+            async with self._running(Setting(self._highest)) as run:
+                await run.until(clock() + max(_WARM_UP_SECONDS, self.usual_seconds()))
+                self.rate_limited = self.rate_limited or run.rate_refusals > 0
+                times = run.service_times()
+                self._learn_hold(run.queue.records())
+            half = len(times) // 2
+            first, second = times[:half], times[half:]
+            middle = percentile(second, 0.5)
+            earlier = before if before is not None else percentile(first, 0.5)
+            if middle is None or earlier is None or earlier <= _SETTLED * middle:
+                return
+            before = middle
+
+    async def settle(self, seconds: float) -> None:
+        """Run at the highest level for so long, whatever it shows."""
+        async with self._running(Setting(self._highest)) as run:
+            await run.until(clock() + seconds)
+            self.rate_limited = self.rate_limited or run.rate_refusals > 0
+
+    def predicted(self, levels: Sequence[int]) -> Prediction:
+        """What a sweep over these levels will use, after `probe`."""
+        return predict(
+            levels,
+            service_seconds=self.service_seconds,
+            window_seconds=self.usual_seconds(),
+            window_calls=self._load.calls or 0,
+            tokens_per_call=self.used.tokens_per_call,
+            cost_per_call=self.used.cost_per_call,
+        )
+
+    def usual_seconds(self) -> float:
+        """How long a usual window lasts at least."""
+        return self._load.window_seconds(self.service_seconds)
+
+    async def measure(self, step: Step, order: int, purpose: Purpose) -> tuple[Point, Records]:
+        """One window, from a known state of the provider's buckets."""
+        usual = self.usual_seconds()
+        longest = math.inf if self._load.calls else max(_MOST_LONGER * usual, step.most_seconds if step.extra else 0.0)
+        wished = min(step.seconds, longest)
+        least = max(step.windows * usual, wished, _HOLDS * self._longest_hold)
+        calls = max(step.calls, math.ceil(step.windows * (self._load.calls or 0)))
+        if self.rate_limited:
+            await self._empty_bucket(step.setting.level, least)
+        left_seconds = self._left_seconds  # a server may go on with what the last window cancelled
+        async with self._running(step.setting, order) as run:
+            started_at = clock()
+            await run.warmed_up(max(self.service_seconds, left_seconds), paced=step.setting.paced)
+            self._check_items(run)
+            meter = run.meter = _ClientMeter()
+            start = clock()
+            calls += run.ended
+            await run.until(start + least)
+            longest = min(longest, self._longest_seconds(step.setting, calls))
+            await run.until(start + max(least, longest), lambda: run.ended >= calls)
+            window = Window(start, clock(), start - started_at, meter.cpu_share(), meter.loop_lag_p99())
+            self._learn(run)
+            self.rate_limited = self.rate_limited or run.rate_refusals > 0
+            responses, told = run.responses, run.told
+        # Only now, with the rest cancelled and recorded, is it known how long what was in flight at the end ran.
+        records = run.queue.records()
+        self._learn_hold(records)
+        window, steady = _steady_part(records, window)
+        point = measure(
+            step.setting,
+            records,
+            window,
+            order=order,
+            purpose=purpose,
+            offered_rate=self._offered_rate(),
+            open_items=self._open(step.setting.level) if isinstance(self._target, Pipeline) else None,
+            responses=responses,
+            told=told,
+            prices=self.used.prices,
+        )
+        return replace(point, steady=steady), records
+
+    async def hold(self, setting: Setting | None, seconds: float, begun: Callable[[], bool]) -> tuple[float, float]:
+        """Run at a setting, or (None) with the flag off, for so long after it has `begun`; from when to when."""
+        if self.rate_limited:
+            await self._empty_bucket(self._open_items if setting is None else setting.level, seconds)
+        async with self._running(setting) as run:
+            await run.until(clock() + 2.0 * self.service_seconds)
+            await run.until(clock() + 100.0 * self.service_seconds, begun)
+            start = clock()
+            await run.until(start + seconds)
+            return start, clock()
+
+    def _longest_seconds(self, setting: Setting, calls: int) -> float:
+        """How long a window may take at most for its calls, at what its level and pace should bring."""
+        rates = [setting.level / self.service_seconds]
+        if setting.requests_per_minute is not None:
+            rates.append(setting.requests_per_minute / 60)
+        offered = self._offered_rate()
+        if offered is not None:
+            rates.append(offered)
+        return _MOST_LONGER * calls / min(rates)
+
+    async def _empty_bucket(self, level: int, window_seconds: float) -> None:
+        """Spend what a rested bucket holds, at the highest level; then let it refill a little.
+
+        A window brings n = window * level / service calls, give or take cv * sqrt(n) (a renewal count, Cox 1962).
+        """
+        async with self._running(Setting(self._highest)) as run:
+            await run.until(clock() + _EMPTYING_SECONDS, lambda: run.rate_refusals > 0)
+            self._learn_hold(run.queue.records())
+        calls = window_seconds * level / self.service_seconds
+        ups_and_downs = _MARGIN_DEVIATIONS * self.service_spread / math.sqrt(calls) * window_seconds
+        await asyncio.sleep(self.service_seconds + ups_and_downs)
+
+    @asynccontextmanager
+    async def _running(self, setting: Setting | None, number: int | None = None) -> AsyncIterator[Run]:
+        """The work under way at a setting; None: with the flag off, and as many items open as the settings say.
+
+        `number`: of the window, whose arrivals are its own. Raises `Stopped` where a cap is met already.
+        """
+        self.used.check_caps()
+        run = Run(self.used, min(_LOOK_SECONDS[1], max(_LOOK_SECONDS[0], 0.05 * self.service_seconds)))
+        run.queue = LLMQueue(
+            self._open_items if setting is None else setting.level,
+            limits=[]
+            if setting is None
+            else [*paces(setting.requests_per_minute, setting.tokens_per_minute), *self.used.limits()],
+            request_timeout=self._request_timeout,
+            classify=run.judge,
+            telemetry=None,
+            ledger=run,
+        )
+        with using(None if setting is None else run.queue):
+            if self._load.arrivals is not None and self._proven and setting is not None:
+                consuming = self._arriving(run, number)
+            else:
+                consuming = _consume(self._start(run, off=setting is None), proven=self._proven)
+            run.consumer = asyncio.create_task(consuming)
+            run.consumer.add_done_callback(run.wake)
+        try:
+            yield run
+        finally:
+            run.consumer.cancel()
+            if run.meter is not None:
+                run.meter.stop()
+            await asyncio.gather(run.consumer, return_exceptions=True)
+            self._left_seconds = percentile(run.service_times()[-_LAST_CALLS:], 0.95) or 0.0
+
+    def _offered_rate(self) -> float | None:
+        arrivals = self._load.arrivals
+        if arrivals is None or isinstance(arrivals, (int, float)):
+            return arrivals
+        return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+    def _check_items(self, run: Run) -> None:
+        """Raise `Stopped` where an iterator has ended: no window is measured of nothing."""
+        if run.consumer.done():
+            raise Stopped(
+                f"ran out of items after {self.used.calls} calls; give more items, or a list, which is used over and "
+                "over"
+            )
+
+    def _start(self, run: Run, *, off: bool) -> ItemRun[Any, Any]:
+        level = run.queue.max_concurrency
+        if isinstance(self._target, Pipeline):
+            target = self._pipeline_off(run, self._target) if off else self._target
+            return target.run(self._items, open_items=self._open(level), retry=self._retry)
+        one = self._off(run, self._target, self._retry, self._request_timeout) if off else self._one(run.queue)
+
+        async def run_one(_index: int, item: Any) -> object:
+            return await one(item)
+
+        # With a queue as many wait as run: it is never empty.
+        return ItemRun(run_one, self._items, lambda: level if off else 2 * level)
+
+    def _open(self, level: int) -> int:
+        return max(level, self._open_items)
+
+    def _pipeline_off(self, run: Run, pipeline: Pipeline) -> Pipeline:
+        """The same pipeline with the flag off; each stage counts, an ungated one as one call, whatever it sends."""
+        return Pipeline(
+            replace(stage, gated=False, call=self._off(run, stage.call, self._retry if stage.gated else None))
+            for stage in pipeline.stages
+        )
+
+    def _off(
+        self, run: Run, call: Callable[..., Awaitable[Any]], retry: Retry | None, request_timeout: float | None = None
+    ) -> Callable[..., Awaitable[Any]]:
+        """A call with the flag off, which counts."""
+
+        async def sent(*arguments: Any) -> Any:
+            await run.may_send()
+            return await call(*arguments)
+
+        async def one(*arguments: Any) -> Any:
+            return await unqueued(
+                functools.partial(sent, *arguments), retry=retry, request_timeout=request_timeout, ledger=run
+            )
+
+        return one
+
+    def _one(self, queue: LLMQueue) -> Callable[[Any], Awaitable[object]]:
+        call = self._target
+        assert not isinstance(call, Pipeline)
+        meta = LLMTaskMeta(getattr(call, "__name__", None))
+
+        async def ungated(item: Any) -> object:
+            with using(None):  # it holds a slot already: what it submits itself must not wait for a second one
+                return await call(item)
+
+        async def one(item: Any) -> object:
+            return await queue.submit(functools.partial(ungated, item), meta=meta, retry=self._retry)
+
+        return one
+
+    async def _arriving(self, run: Run, number: int | None) -> None:
+        """An open loop: each call at its time, whatever became of those before."""
+        one = self._one(run.queue)
+
+        async def timed(item: Any, intended_at: float) -> None:
+            try:
+                await one(item)
+            except Exception:
+                return  # it is in the records
+            ended_at = clock()
+            run.responses.append((ended_at, ended_at - intended_at))
+
+        async with asyncio.TaskGroup() as group:
+            for intended_at, item in zip(self._arrival_times(clock(), number), self._items, strict=False):
+                await asyncio.sleep(intended_at - clock())
+                group.create_task(timed(item, intended_at))
+
+    def _arrival_times(self, now: float, number: int | None) -> Iterator[float]:
+        arrivals = self._load.arrivals
+        if isinstance(arrivals, tuple):
+            gap = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
+            for round_ in itertools.count():
+                begin = now + round_ * (arrivals[-1] - arrivals[0] + gap)
+                yield from (begin + at - arrivals[0] for at in arrivals)
+        rng = random.Random(f"{self._load.seed} {number}")  # a window more is to be a sample more
+        while arrivals is not None and not isinstance(arrivals, tuple):
+            now += rng.expovariate(arrivals)
+            yield now
+
+    def _learn(self, run: Run) -> None:
+        done = run.service_times()
+        if done:
+            self.service_seconds = sum(done) / len(done)
+            self.service_spread = spread(done)
+        seen = any(attempt.seen for attempt in run.queue.records().attempts)
+        hidden = run.queue.hidden_retries or (run.hidden_retries and not seen)
+        self.hidden_retries = self.hidden_retries or bool(hidden)
+
+    def _learn_hold(self, records: Records) -> None:
+        """How long the provider closes for, as it says or as is seen."""
+        refused = (a for a in records.attempts if a.outcome == "rejected" and by_a_rate(a))
+        told = max((a.retry_after_seconds or 0.0 for a in refused), default=0.0)
+        self._longest_hold = max(self._longest_hold, min(_LONGEST_HOLD, max(told, closed_seconds(records.attempts))))
+
+
+def _steady_part(records: Records, window: Window) -> tuple[Window, bool]:
+    """The window without what had not settled, and whether the halves of what is left are alike."""
+    ends = [a.ended_at for a in records.attempts if a.outcome == "ok"]
+    seconds = window.end - window.start
+    if seconds <= 0:
+        return window, True
+    cut = settled_from(block_counts(ends, window.start, window.end)) * seconds / BLOCKS
+    if cut > 0:
+        window = replace(window, start=window.start + cut, warm_up_seconds=window.warm_up_seconds + cut)
+    middle = (window.start + window.end) / 2
+    halves = [
+        block_counts(ends, *edges, blocks=BLOCKS // 2) for edges in ((window.start, middle), (middle, window.end))
+    ]
+    (first, second), (a, b) = map(sum, halves), map(count_interval, halves)
+    return window, abs(first - second) <= 1.5 * math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+
+
+class Run(Ledger):
+    """One window while it runs. The ledger of its queue: so it sees each attempt end, without polling."""
+
+    consumer: asyncio.Task[None]
+    queue: LLMQueue
+
+    def __init__(self, used: Used, look_seconds: float) -> None:
+        super().__init__()
+        self.ended = self.succeeded = self.rate_refusals = 0
+        self.hidden_retries = False
+        self.last_error: BaseException | None = None
+        self.meter: _ClientMeter | None = None
+        self.told: dict[str, float] = {}
+        self.responses: list[tuple[float, float]] = []
+        self._spent = used
+        self._left_calls = used.left_calls
+        self._look_seconds = look_seconds
+        self._loop = asyncio.get_running_loop()
+        self._enough: Callable[[], bool] = lambda: False
+        self._woken = asyncio.Event()
+
+    def judge(self, error: BaseException) -> Verdict:
+        """`llmq.classify`; also sees what limits are told, and if the SDK had retried by itself before it gave up."""
+        verdict = classify(error)
+        if isinstance(error, Exception):
+            self.last_error = error
+        request = getattr(getattr(error, "response", None), "request", None)
+        retries = getattr(request, "headers", {}).get("x-stainless-retry-count", "0")
+        self.hidden_retries = self.hidden_retries or retries != "0"
+        for state in limits_told(error) if verdict.refused else ():
+            if state.limit is not None:
+                self.told[state.dimension] = state.limit
+        return verdict
+
+    def add_attempt(self, record: AttemptRecord) -> tuple[BudgetEvent, ...]:
+        """Count an attempt, from whatever thread; wake `until` when it is enough."""
+        self._spent.add_attempt(record)
+        self.ended += record.started_at is not None
+        self.succeeded += record.outcome == "ok"
+        self.rate_refusals += record.outcome == "rejected" and by_a_rate(record)
+        if not self._woken.is_set() and (self._enough() or self._spent.at_cap() is not None):
+            self._loop.call_soon_threadsafe(self._woken.set)
+        return ()
+
+    def raise_hopeless(self, what: str) -> None:
+        """Raise the last error where nothing has succeeded; `what` ends its message."""
+        if self.succeeded == 0 and self.last_error is not None:
+            _raise_hopeless(self.ended, self.last_error, what)
+
+    async def may_send(self) -> None:
+        """Count a call that no queue holds; where the cap on calls leaves none, wait to be cancelled."""
+        if self._left_calls <= 0:
+            await asyncio.Event().wait()
+        self._left_calls -= 1
+
+    async def warmed_up(self, service_seconds: float, *, paced: bool) -> None:
+        """Until the level is full and one service time has passed since, or it is plain that it stays unfilled.
+
+        Where starts are paced it need not fill: two service times are enough.
+        """
+        if paced:
+            await self.until(clock() + 2.0 * service_seconds)
+            return
+        deadline = clock() + 2.0 + 5.0 * service_seconds
+        while clock() < deadline and not self.consumer.done() and self._is_filling():
+            await self.until(min(deadline, clock() + self._look_seconds))
+        await self.until(min(deadline, clock() + service_seconds))
+
+    def _is_filling(self) -> bool:
+        return self.queue.statistics().in_flight < self.queue.max_concurrency
+
+    async def until(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Until the deadline, or `enough()`, or there is nothing left to do. Raises `Stopped` at a cap."""
+        self._enough = enough
+        self._woken.clear()
+        latest = min(deadline, self._spent.ends_at)
+        if not enough() and not self.consumer.done() and latest > clock():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if latest == math.inf else latest - clock()):
+                    await self._woken.wait()
+        self._spent.check_caps()
+        self._raise_if_broken()
+
+    def wake(self, _: object = None) -> None:
+        """There is nothing left to do."""
+        self._woken.set()
+
+    def service_times(self) -> list[float]:
+        """Of the successful attempts so far, in seconds."""
+        records = self.queue.records().attempts
+        return [a.service_seconds for a in records if a.outcome == "ok" and a.service_seconds is not None]
+
+    def _raise_if_broken(self) -> None:
+        if self.consumer.done() and not self.consumer.cancelled():
+            error = self.consumer.exception()
+            if error is not None:
+                raise error
+
+
+class _ClientMeter:
+    """CPU of this process and lag of this loop. Says None in virtual time, where neither means anything."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._virtual = isinstance(loop, VirtualLoop)
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._lags: list[float] = []
+        self._task = None if self._virtual else loop.create_task(self._watch())
+
+    def cpu_share(self) -> float | None:
+        """CPU seconds a second since the start."""
+        wall = time.monotonic() - self._wall
+        return None if self._virtual or wall <= 0 else (time.process_time() - self._cpu) / wall
+
+    def loop_lag_p99(self) -> float | None:
+        """99th percentile of how much later than asked the loop woke a sleeper, in seconds."""
+        return percentile(self._lags, 0.99)
+
+    def stop(self) -> None:
+        """Stop watching."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            asked = time.monotonic() + _LAG_SECONDS
+            await asyncio.sleep(_LAG_SECONDS)
+            self._lags.append(max(0.0, time.monotonic() - asked))
+
+
+async def _consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
+    """Take outcomes as they come. Until the work is `proven`, raise where nothing succeeds."""
+    errors: list[BaseException] = []
+    async with outcomes as stream:
+        async for outcome in stream:
+            if proven or outcome.error is None:
+                break
+            errors.append(outcome.error)
+            verdict = classify(outcome.error)
+            hopeless = _ERRORS_TO_GIVE_UP if verdict.kind in (Kind.CALLER, Kind.QUOTA) else _FAILURES_TO_GIVE_UP
+            halted = isinstance(outcome.error, QueueHaltedError)
+            if halted or len(errors) >= hopeless:
+                _raise_hopeless(len(errors), outcome.error, "there is nothing to measure")
+        async for _ in stream:
+            pass
+
+
+def _raise_hopeless(calls: int, error: BaseException, what: str) -> NoReturn:
+    """Nothing has succeeded; `error` is the last."""
+    verdict = classify(error)
+    if verdict.kind is Kind.CALLER and verdict.status_code is None and not isinstance(error, QueueHaltedError):
+        raise error  # a bug in the caller's own code
+    raise ProviderError(
+        f"none of the first {calls} calls succeeded ({describe(error)}); {what}", status_code=verdict.status_code
+    ) from error
+
+
+def endless(items: Iterable[T]) -> Iterator[T]:
+    """A collection over and over, an iterator as it is."""
+    if isinstance(items, AsyncIterable):
+        raise ConfigError("sweep() needs a plain iterable of items, not an asynchronous one")
+    if type(items).__name__ == "DataFrame":
+        raise ConfigError(
+            "the items are a DataFrame, which would give the names of its columns; give a column (df['prompt']), or "
+            "its rows (df.to_dict('records'))"
+        )
+    if not isinstance(items, Collection):
+        return iter(items)
+    if len(items) == 0:  # the truth value of an array is ambiguous
+        raise ConfigError("sweep() needs at least one item")
+    return itertools.cycle(items)
