@@ -10,7 +10,8 @@ from llmq.tune.evidence import judged
 from llmq.tune.limits import Separation
 from llmq.tune.plan import FAR_ABOVE, MOST_MORE, Extra, Step, next_step, steps_left
 from llmq.tune.point import Setting
-from llmq.tune.recommend import ATTEMPTS_TO_PROVE, PACE_SHARE, Bounds, recommend
+from llmq.tune.recommend import recommend
+from llmq.tune.standing import ATTEMPTS_TO_PROVE, PACE_SHARE, Bounds
 from tests.windows import point, rate
 
 BOUNDS = Bounds()
@@ -116,7 +117,7 @@ def test_a_pace_that_is_refused_is_tried_slower_then_between():
     points = [point(4, 4.0), *RATE]
     first = point(12, 4.9, refused=100, requests_per_minute=PACE, rate=rate(400, 100.0))
     slower = step([*points, first]).setting.requests_per_minute
-    assert slower == round(PACE_SHARE * 240, 1), "just below what it was let in at, itself"
+    assert slower == math.floor(PACE_SHARE * 240), "just below what it was let in at, itself"
     clean = point(12, 3.9, requests_per_minute=slower)
     between = step([*points, first, clean]).setting.requests_per_minute
     assert slower < between < PACE

@@ -21,8 +21,9 @@ from llmq.tune.plots import (
     plot_tradeoff,
 )
 from llmq.tune.point import QUANTILES, Point
-from llmq.tune.recommend import Bounds, OperatingPoint
+from llmq.tune.recommend import OperatingPoint
 from llmq.tune.report import short
+from llmq.tune.standing import Bounds
 from llmq.tune.timelines import MAX_ROWS, count_steps, merged, plot_gantt, plot_timeline
 
 OF_SWEEPS = (plot_sweep, plot_goodput, plot_times, plot_outcomes, plot_tradeoff, plot_percentiles)

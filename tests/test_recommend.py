@@ -1,5 +1,6 @@
 """From windows to one operating point, or a refusal with what to do next: on points written by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,8 @@ from llmq import Settings
 from llmq.errors import ConfigError
 from llmq.tune.limits import Separation
 from llmq.tune.point import Setting
-from llmq.tune.recommend import (
-    PACE_SHARE,
-    Bounds,
-    OperatingPoint,
-    bounded_p95,
-    calls_to_decide,
-    in_force,
-    recommend,
-    standing,
-    two_segment_knee,
-)
+from llmq.tune.recommend import OperatingPoint, recommend, two_segment_knee
+from llmq.tune.standing import PACE_SHARE, Bounds, bounded_p95, calls_to_decide, in_force, standing
 from llmq.tune.statistics import wilson
 from tests.windows import point, rate
 
@@ -176,6 +168,28 @@ def test_a_rate_that_binds_is_answered_with_a_pace():
 
 def test_the_smallest_level_that_holds_the_pace_is_taken():
     paced = [point(n, g, requests_per_minute=297.0, error=0.002) for n, g in ((5, 4.6), (7, 4.93), (10, 4.94))]
+    assert recommend([point(4, 4.0), *REFUSED, *paced], BOUNDS).level == 7
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.982, 7), (0.979, 10)])
+def test_a_paced_level_is_held_against_its_pace_and_not_against_what_a_higher_one_happened_to_bring(share, level):
+    lucky = point(10, 5.2, requests_per_minute=300.0, error=0.02)
+    smaller = point(7, 5.0 * share, requests_per_minute=300.0, error=0.001)
+    assert recommend([point(4, 4.0), *REFUSED, lucky, smaller], BOUNDS).level == level
+
+
+@pytest.mark.parametrize(("tokens", "level"), [(98.2, 7), (97.9, 10)])
+def test_a_pace_in_tokens_is_held_in_tokens(tokens, level):
+    """Calls that happened to be small are more a second."""
+    limited = [replace(p, refused_by="tokens", rate=rate(500, 100.0, tokens=10_000)) for p in REFUSED]
+    more = {"tokens_per_minute": 6000.0, "error": 0.001}
+    paced = [point(7, 6.0, tokens_per_second=tokens, **more), point(10, 5.0, tokens_per_second=100.0, **more)]
+    assert recommend([point(4, 4.0), *limited, *paced], BOUNDS).level == level
+
+
+def test_where_calls_fail_a_pace_is_reached_less():
+    """The highest level surely brings 97 % of it, so 98 % of that is enough."""
+    paced = [point(n, g, requests_per_minute=300.0, error=0.001) for n, g in ((7, 4.78), (10, 4.85))]
     assert recommend([point(4, 4.0), *REFUSED, *paced], BOUNDS).level == 7
 
 

@@ -14,7 +14,7 @@ from llmq.providers.chat import ChatRequest
 from llmq.testing import ProviderSpec, SimulatedProvider, VirtualLoop
 from llmq.tune.guard import Caps, Stopped
 from llmq.tune.point import Setting
-from llmq.tune.recommend import Bounds
+from llmq.tune.standing import Bounds
 from llmq.tune.verify import verify
 
 pytestmark = pytest.mark.anyio

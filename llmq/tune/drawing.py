@@ -28,7 +28,8 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point
-    from llmq.tune.recommend import Bounds, OperatingPoint
+    from llmq.tune.recommend import OperatingPoint
+    from llmq.tune.standing import Bounds
     from llmq.tune.sweep import Sweep
 
 LEAST_SECONDS = 1e-4
@@ -93,9 +94,9 @@ def draw_goodput(axes: Any, points: Sequence[Point], sweep: Sweep, answer: Opera
                 ),
             ],
         )
-    paced = [p for p in points if p.setting.paced]
-    names = [(place(p), p.goodput, short(p.setting).partition(" ")[2], INK) for p in paced]
-    label_points(axes, names, [(p.level, y) for p in free for y in (p.goodput_low, p.goodput, p.goodput_high)])
+    paced = {short(p.setting).partition(" ")[2]: p for p in points if p.setting.paced}  # the highest level of each pace
+    names = [(place(p), p.goodput, pace, INK) for pace, p in paced.items()]
+    label_points(axes, names, [(place(p), y) for p in points for y in (p.goodput_low, p.goodput, p.goodput_high)])
     _name_recommended(axes, answer)
 
 

@@ -89,6 +89,10 @@ def _pool(first: Point, second: Point) -> Point:
         ok_blocks=first.ok_blocks + second.ok_blocks,
         longest_hold_seconds=max(first.longest_hold_seconds, second.longest_hold_seconds),
         cost=None if first.cost is None or second.cost is None else first.cost + second.cost,
+        tokens_per_second=None
+        if first.tokens_per_second is None or second.tokens_per_second is None
+        else (first.tokens_per_second * first.window_seconds + second.tokens_per_second * second.window_seconds)
+        * a_second,
         rate=_pool_rates(first.rate, second.rate),
         separation=longer.separation or first.separation or second.separation,
     )

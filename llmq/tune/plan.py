@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from llmq.tune.evidence import Limit, judged, limit_found
 from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
-from llmq.tune.recommend import (
+from llmq.tune.standing import (
     ATTEMPTS_TO_PROVE,
     PACE_SHARE,
     Bounds,
@@ -26,6 +26,7 @@ from llmq.tune.recommend import (
     changes,
     in_force,
     pace_held,
+    rounded_down,
     standing,
 )
 
@@ -158,7 +159,7 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
     if by_tokens:
         setting = Setting(level, tokens_per_minute=round(pace * rate.tokens / rate.admitted))
     else:
-        setting = Setting(level, requests_per_minute=round(pace, 1))
+        setting = Setting(level, requests_per_minute=rounded_down(pace))
     if any(p.setting == setting for p in points):
         return None
     return Step(setting, "between", 3.0 if changes(rate) else 1.0, calls=ATTEMPTS_TO_PROVE, extra=True)
@@ -260,7 +261,7 @@ def _worthwhile(points: Sequence[Point], point: Point, found: Standing, extra: E
 def _decidable(found: Standing, candidate: Point, extra: Extra) -> bool:
     """Whether what is left is long enough to tell a candidate from its rival, if they are alike."""
     calls = calls_to_decide(found, candidate)
-    pair = (candidate, found.rival(candidate))
+    pair = {p.setting: p for p in (candidate, found.rival(candidate))}.values()
     return sum(max(0, calls - p.succeeded) / p.goodput for p in pair if p.goodput > 0) <= extra.seconds
 
 

@@ -52,7 +52,8 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point
-    from llmq.tune.recommend import Bounds, OperatingPoint
+    from llmq.tune.recommend import OperatingPoint
+    from llmq.tune.standing import Bounds
     from llmq.tune.sweep import Sweep
 
 MARKS = (

@@ -1,15 +1,8 @@
 """From measured windows to one operating point, with the reason, or to a refusal with what to do next. Pure.
 
-The rules
 - Goodput is judged, never the total: refusals are fast and look like speed.
-- A setting is *feasible* if its 429 share, error share and p95 keep their bounds and neither this client nor the
-  pipeline kept it from being what it says. It is *proven* if the intervals of these lie within the bounds, too.
-- Recommended is the smallest setting that is *shown*, at 95 % confidence, to have at least 97 % of the goodput of every
-  other feasible one (one-sided z tests, pair by pair: the best of several noisy figures is a lucky one; those far less
-  certain than the best are left out). What is shown to have less is out; what is neither is undecided, and asks for
-  more samples.
-- A limit on a rate has no knee: slots alone cannot hold it. Then paced settings are compared, at a pace of 99 % of the
-  rate found, and what counts is 97 % of that rate. Of two levels at one pace the higher never brings less.
+- Recommended is the smallest setting that is good enough (`llmq.tune.standing`).
+- Where a limit on a rate was met, a pace belongs to the answer.
 - Refusals whose share does not grow with concurrency are not caused by it, and nothing is lowered for them.
 """
 
@@ -17,100 +10,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from llmq.errors import ConfigError
 from llmq.tune.evidence import drift, judged, limit_found
-from llmq.tune.limits import RateSeen
 from llmq.tune.point import Point, Setting
-from llmq.tune.statistics import SAMPLES_FOR_P95, SURE
-
-GOOD_ENOUGH = 0.97
-PACE_SHARE = 0.99
-"""Of the rate found: so much is asked for, so that its error and jitter cost no refusals."""
+from llmq.tune.standing import (
+    GOOD_ENOUGH,
+    Bounds,
+    Standing,
+    bounded_p95,
+    calls_to_decide,
+    changes,
+    in_force,
+    level_interval,
+    rounded_down,
+    standing,
+)
+from llmq.tune.statistics import SAMPLES_FOR_P95
 
 SATURATED = 1.1
-_CHANGING = 0.75
-
-ATTEMPTS_TO_PROVE = 400
-"""Without a refusal they put the share under 1 % (Wilson, 95 %: 381)."""
-
-DRAWS = 2000
 DRIFTED = 0.1
 _AGREES = 1.7
-_FAR_LESS_CERTAIN = 3.0
-_TOO_WIDE = 0.2
-_Z_SQUARED = 1.96**2
-_LEAST_PROVABLE = 0.001
-_HELD = 0.93
 _IN_PROPORTION = 0.85
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a setting must keep to be feasible."""
-
-    max_429_ratio: float = 0.01
-    max_error_ratio: float = 0.01
-    slo_p95: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_429_ratio", "max_error_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if self.slo_p95 is not None and not self.slo_p95 > 0:
-            raise ConfigError(f"slo_p95 must be more than 0 seconds, got {self.slo_p95}")
-
-    def broken_by(self, point: Point) -> str | None:
-        """Which bound a point breaks, in words, or None."""
-        if point.share_429 > self.max_429_ratio:
-            return f"429 share over {self.max_429_ratio:.0%}"
-        if point.over_rate > self.max_429_ratio:
-            return f"{point.over_rate:.0%} over the rate found"
-        if point.limited_by is not None:
-            return f"{point.limited_by}-limited"
-        if point.succeeded == 0:
-            return "nothing succeeded"
-        if point.error_share > self.max_error_ratio:
-            return f"error share over {self.max_error_ratio:.0%}"
-        p95, _ = bounded_p95(point)
-        if self.slo_p95 is not None and p95 is not None and p95 > self.slo_p95:
-            return f"p95 over {self.slo_p95:.3g} s"
-        return None
-
-    def unproven_by(self, point: Point) -> str | None:
-        """Which bound a feasible point may break for all that its samples say, in words, or None."""
-        if point.share_429_high > self._provable(self.max_429_ratio):
-            return f"{point.attempts} attempts cannot prove a 429 share under {self.max_429_ratio:.3g}"
-        if point.error_share_high > self._provable(self.max_error_ratio):
-            calls = point.succeeded + point.failed
-            return f"{calls} calls cannot prove an error share under {self.max_error_ratio:.3g}"
-        if self.slo_p95 is not None:
-            p95, high = bounded_p95(point)
-            if p95 is None or high is None or high > self.slo_p95:
-                return f"{point.succeeded} calls cannot prove a p95 under {self.slo_p95:.3g} s"
-        if point.goodput_high - point.goodput_low > _TOO_WIDE * point.goodput:
-            return f"its goodput is not known well enough ({point.goodput_low:.3g} to {point.goodput_high:.3g})"
-        return None
-
-    @property
-    def attempts_to_prove(self) -> int:
-        """So many attempts without a refusal or failure put their share under the bound (Wilson, 95 %)."""
-        least = min(self._provable(self.max_429_ratio), self._provable(self.max_error_ratio))
-        return math.ceil(1.05 * _Z_SQUARED * (1 - least) / least)
-
-    @staticmethod
-    def _provable(ratio: float) -> float:
-        return max(ratio, _LEAST_PROVABLE)
-
-
-def bounded_p95(point: Point) -> tuple[float | None, float | None]:
-    """What `slo_p95` bounds, and the upper end of its interval: the service time, or an open loop's response time."""
-    if point.offered_rate is not None:
-        return point.response_p95, point.response_p95_high
-    return point.service_p95, point.service_p95_high
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +87,9 @@ class OperatingPoint:
             return {}
         found: dict[str, bool | int | float] = {"llm_queue_enabled": True, "llm_queue_concurrency": self.level}
         if self.requests_per_minute is not None:
-            found["llm_queue_requests_per_minute"] = _rounded_down(self.requests_per_minute)
+            found["llm_queue_requests_per_minute"] = rounded_down(self.requests_per_minute)
         if self.tokens_per_minute is not None:
-            found["llm_queue_tokens_per_minute"] = _rounded_down(self.tokens_per_minute)
+            found["llm_queue_tokens_per_minute"] = rounded_down(self.tokens_per_minute)
         if self.services_open is not None:
             found["concurrency"] = self.services_open
         return found
@@ -180,108 +103,6 @@ class OperatingPoint:
             head = f"Recommended: {setting.level} calls at once{pace}."
         parts = [head, self.reason, *filter(None, [self.waste]), *self.notes, *self.next_steps]
         return "\n".join(parts) + (f"\n\n{self.yaml}" if self.yaml else "")
-
-
-# --- which settings are good enough
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Where the feasible settings of a pool stand against each other, in order of level."""
-
-    feasible: tuple[Point, ...]
-    needed: float
-    bounds: Bounds
-
-    def shown(self, point: Point) -> bool:
-        """At 95 % confidence it has the needed share of every rival's goodput."""
-        return all(self._z(point, other) >= SURE for other in self._rivals(point))
-
-    def out(self, point: Point) -> bool:
-        """At 95 % confidence it has less than the needed share of some rival's goodput."""
-        return any(self._z(point, other) <= -SURE for other in self._rivals(point))
-
-    def rival(self, point: Point) -> Point:
-        """Against whom it stands worst."""
-        return min(self._rivals(point), key=lambda other: self._z(point, other), default=point)
-
-    def _rivals(self, point: Point) -> list[Point]:
-        """The others, but those that are far less certain than the best: a chance figure is no rival.
-
-        At one pace only higher levels are rivals: what the pace lets start, more slots cannot bring less of.
-        """
-        certain = _FAR_LESS_CERTAIN * self.best.goodput_error
-        others = [p for p in self.feasible if (p.level > point.level if point.setting.paced else p is not point)]
-        return [p for p in others if p is self.best or p.goodput_error <= certain]
-
-    @property
-    def best(self) -> Point:
-        """From whom surely the most is to be had, by the lower end of its interval."""
-        return max(self.feasible, key=lambda p: p.goodput_low)
-
-    @property
-    def chosen(self) -> Point | None:
-        """The smallest that is shown to be good enough and proven to keep its bounds; failing that, shown at least."""
-        shown = [p for p in self.feasible if self.shown(p)]
-        proven = [p for p in shown if self.bounds.unproven_by(p) is None]
-        return next(iter(proven or shown), None)
-
-    def _z(self, point: Point, other: Point) -> float:
-        difference = point.goodput - self.needed * other.goodput
-        error = math.hypot(point.goodput_error, self.needed * other.goodput_error)
-        return difference / error if error > 0 else math.copysign(math.inf, difference)
-
-
-def standing(points: Iterable[Point], bounds: Bounds) -> Standing:
-    """The pool that the answer comes from: where a rate binds, settings of the fastest clean pace, else the others."""
-    points = list(points)
-    groups = judged(points)
-    bounds = in_force(points, bounds)
-    feasible = [p for p in groups if bounds.broken_by(p) is None]
-    limit = limit_found(points)
-    if limit is not None and limit.rate is not None:
-        paced = [p for p in feasible if p.setting.paced]
-        if paced:
-            paced = [p for p in paced if pace_held(p, paced)] or paced
-            fastest = max([p for p in paced if bounds.unproven_by(p) is None] or paced, key=_pace_of)
-            pool = [p for p in paced if _pace_of(p) == _pace_of(fastest)]
-            return Standing(tuple(pool), GOOD_ENOUGH / PACE_SHARE, bounds)
-    return Standing(tuple(p for p in feasible if not p.setting.paced), GOOD_ENOUGH, bounds)
-
-
-def in_force(points: Iterable[Point], bounds: Bounds) -> Bounds:
-    """The bounds, without the one on refusals where these are not caused by concurrency."""
-    limit = limit_found(points)
-    if limit is None or limit.kind != "random" or limit.share <= bounds.max_429_ratio / 2:
-        return bounds
-    return replace(bounds, max_429_ratio=1.0)
-
-
-def pace_held(point: Point, paced: Iterable[Point]) -> bool:
-    """Whether a pace was reached at the highest level that was measured with it; else it is not what binds there."""
-    alike = [p for p in paced if replace(p.setting, level=point.level) == point.setting]
-    highest = max(alike, key=lambda p: p.level, default=point)
-    if highest.requests_per_minute is not None:
-        return 60 * highest.attempt_rate >= _HELD * highest.requests_per_minute
-    if highest.tokens_per_minute is not None and highest.tokens_per_second is not None:
-        return 60 * highest.tokens_per_second >= _HELD * highest.tokens_per_minute
-    return True
-
-
-def changes(rate: RateSeen) -> bool:
-    """Whether a limit is not the same all the time, so that its mean says little."""
-    return rate.slowest is not None and rate.fastest is not None and rate.slowest < _CHANGING * rate.fastest
-
-
-def _rounded_down(pace: float) -> float:
-    """To a whole number, a slow one to three digits."""
-    digits = max(0, 2 - math.floor(math.log10(pace)))
-    down = math.floor(pace * 10**digits) / 10**digits
-    return int(down) if digits == 0 else down
-
-
-def _pace_of(point: Point) -> float:
-    return point.requests_per_minute or point.tokens_per_minute or 0.0
 
 
 def recommend(points: Iterable[Point], bounds: Bounds, *, present: int | None = None) -> OperatingPoint:
@@ -300,7 +121,7 @@ def recommend(points: Iterable[Point], bounds: Bounds, *, present: int | None = 
     unproven = in_force(points, bounds).unproven_by(chosen)
     if unproven is not None:
         return _unproven(chosen, binds, unproven, in_force(points, bounds))
-    low, high, confidence = _level_interval(found, chosen)
+    low, high, confidence = level_interval(found, chosen)
     checks = list(_cross_checks(chosen, found))
     best = found.best
     share = (
@@ -463,14 +284,6 @@ def _undecided(points: Sequence[Point], found: Standing, bounds: Bounds) -> Oper
     )
 
 
-def calls_to_decide(found: Standing, candidate: Point) -> int:
-    """How many calls a candidate and its rival each need, so that, if they are alike, it is shown."""
-    rival = found.rival(candidate)
-    margin = (1 - found.needed) / SURE
-    relative = [p.goodput_error / p.goodput * math.sqrt(p.succeeded) for p in (candidate, rival) if p.goodput > 0]
-    return math.ceil(2 * max(relative, default=1.0) ** 2 / margin**2)
-
-
 def _unproven(chosen: Point, binds: str, why: str, bounds: Bounds) -> OperatingPoint:
     calls = max(bounds.attempts_to_prove, 2 * chosen.attempts if chosen.refused or chosen.failed else 0)
     return OperatingPoint(
@@ -479,20 +292,6 @@ def _unproven(chosen: Point, binds: str, why: str, bounds: Bounds) -> OperatingP
         f"{chosen.setting} calls at once look right, at {chosen.goodput:.3g} successful calls/s, but {why}.",
         next_steps=(f"Measure longer: about {calls} attempts at this setting would do.",),
     )
-
-
-def _level_interval(found: Standing, chosen: Point) -> tuple[int, int, float]:
-    """The 2.5 and 97.5 % quantile of the level, and how often the chosen one is good enough, when every setting's
-    goodput is drawn anew from its interval (a parametric bootstrap; the intervals come from blocks of time)."""
-    random = np.random.default_rng(0)
-    levels = np.array([p.level for p in found.feasible])
-    means = np.array([p.goodput for p in found.feasible])
-    errors = np.array([p.goodput_error for p in found.feasible])
-    drawn = random.normal(means, errors, (DRAWS, len(levels)))
-    enough = drawn >= found.needed * drawn.max(axis=1, keepdims=True)
-    smallest = levels[np.argmax(enough, axis=1)]
-    low, high = np.quantile(smallest, [0.025, 0.975], method="nearest")
-    return int(low), int(high), float(enough[:, found.feasible.index(chosen)].mean())
 
 
 def _cross_checks(chosen: Point, found: Standing) -> Iterable[str]:

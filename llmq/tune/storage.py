@@ -17,7 +17,7 @@ from llmq.errors import ConfigError
 from llmq.tune.guard import Prediction
 from llmq.tune.limits import RateSeen, Separation
 from llmq.tune.point import QUANTILES, Point
-from llmq.tune.recommend import Bounds
+from llmq.tune.standing import Bounds
 
 ABOUT = "sweep.json"
 _COLUMNS = [field.name for field in fields(Point)]

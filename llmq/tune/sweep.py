@@ -31,8 +31,9 @@ from llmq.tune.guard import Caps, Prediction, Stopped
 from llmq.tune.limits import RATES
 from llmq.tune.plan import Extra, Step, next_step, steps_left
 from llmq.tune.point import Point
-from llmq.tune.recommend import Bounds, OperatingPoint, recommend
+from llmq.tune.recommend import OperatingPoint, recommend
 from llmq.tune.runner import Load, Runner
+from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock

@@ -16,8 +16,8 @@ from llmq.runtime import RuntimeEnv
 from llmq.tune.guard import Caps
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Setting
-from llmq.tune.recommend import ATTEMPTS_TO_PROVE, Bounds
 from llmq.tune.runner import Load, Runner
+from llmq.tune.standing import ATTEMPTS_TO_PROVE, Bounds
 from llmq.tune.statistics import block_counts, count_interval
 from llmq.waiters import clock
 
