@@ -60,17 +60,18 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Extra:
     """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`: how long the answer is held
-    where nothing was refused at all."""
+    where nothing was refused at all; `coarseness`: how far above the smallest level the answer may be, as a share."""
 
     windows: int
     seconds: float = math.inf
     clean_seconds: float = 60.0
+    coarseness: float = 0.1
 
     @classmethod
     def of(cls, levels: int, usual_seconds: float, *, virtual: bool) -> Extra:
         """In real time twice what the levels take, whose windows usually last so long; virtual time is free."""
         if virtual:
-            return cls(30, clean_seconds=300.0)
+            return cls(30, clean_seconds=300.0, coarseness=0.02)
         return cls(12, max(_LEAST_EXTRA_SECONDS, _EXTRA_SHARE * levels * usual_seconds))
 
     def less(self, seconds: float) -> Extra:
@@ -241,7 +242,7 @@ def _downwards(points: Sequence[Point], found: Standing, extra: Extra) -> Step |
     ]
     done = [p for p in below if p not in found.feasible or found.out(p) or not _worthwhile(points, p, found, extra)]
     floor = max([floor, *(p.level for p in done)])
-    if floor >= chosen.level or chosen.level - floor <= max(1, math.ceil(floor / 10)):
+    if floor >= chosen.level or chosen.level - floor <= max(1, math.ceil(extra.coarseness * floor)):
         return None
     open_ones = [p for p in below if p.level > floor]
     if open_ones:
