@@ -183,7 +183,11 @@ def test_a_pace_in_tokens_is_held_in_tokens(tokens, level):
     """Calls that happened to be small are more a second."""
     limited = [replace(p, refused_by="tokens", rate=rate(500, 100.0, tokens=10_000)) for p in REFUSED]
     more = {"tokens_per_minute": 6000.0, "error": 0.001}
-    paced = [point(7, 6.0, tokens_per_second=tokens, **more), point(10, 5.0, tokens_per_second=100.0, **more)]
+    told = [
+        {"tokens_per_second": n, "tokens_per_second_low": n - 0.1, "tokens_per_second_high": n + 0.1}
+        for n in (tokens, 100.0)
+    ]
+    paced = [point(7, 6.0, **told[0], **more), point(10, 5.0, **told[1], **more)]
     assert recommend([point(4, 4.0), *limited, *paced], BOUNDS).level == level
 
 

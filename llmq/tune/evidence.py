@@ -58,6 +58,7 @@ def _pool(first: Point, second: Point) -> Point:
     half = a_second * math.hypot(
         *((p.goodput_high - p.goodput_low) / 2 * p.window_seconds for p in (first, second) if p.window_seconds > 0)
     )
+    tokens, tokens_low, tokens_high = _pool_tokens(first, second)
     share, errors = wilson(refused, attempts), wilson(failed, succeeded + failed)
     return replace(
         longer,
@@ -89,13 +90,24 @@ def _pool(first: Point, second: Point) -> Point:
         ok_blocks=first.ok_blocks + second.ok_blocks,
         longest_hold_seconds=max(first.longest_hold_seconds, second.longest_hold_seconds),
         cost=None if first.cost is None or second.cost is None else first.cost + second.cost,
-        tokens_per_second=None
-        if first.tokens_per_second is None or second.tokens_per_second is None
-        else (first.tokens_per_second * first.window_seconds + second.tokens_per_second * second.window_seconds)
-        * a_second,
+        tokens_per_second=tokens,
+        tokens_per_second_low=tokens_low,
+        tokens_per_second_high=tokens_high,
         rate=_pool_rates(first.rate, second.rate),
         separation=longer.separation or first.separation or second.separation,
     )
+
+
+def _pool_tokens(first: Point, second: Point) -> tuple[float | None, float | None, float | None]:
+    """Tokens a second of both windows, and their interval; None where one of them has none."""
+    seconds = first.window_seconds + second.window_seconds
+    mean = square = 0.0
+    for p in (first, second):
+        if p.tokens_per_second is None or p.tokens_per_second_low is None or p.tokens_per_second_high is None:
+            return None, None, None
+        mean += p.tokens_per_second * p.window_seconds / seconds
+        square += ((p.tokens_per_second_high - p.tokens_per_second_low) / 2 * p.window_seconds / seconds) ** 2
+    return mean, max(0.0, mean - math.sqrt(square)), mean + math.sqrt(square)
 
 
 def _pool_rates(first: RateSeen | None, second: RateSeen | None) -> RateSeen | None:

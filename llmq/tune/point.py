@@ -11,7 +11,9 @@ from llmq.ledger import Price
 from llmq.records import AttemptRecord, OperationRecord, Records
 from llmq.tune.limits import RateSeen, Separation, by_a_rate, rate_seen, separation
 from llmq.tune.statistics import (
+    Interval,
     block_counts,
+    block_sums,
     count_interval,
     overlap_seconds,
     percentile,
@@ -91,7 +93,7 @@ class Point:
       intended start to the end, operations that succeeded: in an open loop from the arrival that was planned, so that
       a stall is not omitted. `first_token_*`: to the first piece of a stream; `between_tokens_*`: (service - first
       token) / (output tokens - 1), for streams. Percentile intervals are distribution-free (order statistics).
-    - `tokens_per_second`: prompts and answers of successful calls. `cost`: USD, with the price of every model that was
+    - `tokens_per_second*`: prompts and answers of successful calls. `cost`: USD, with the price of every model that was
       called.
     - `cpu_share` of one core and `loop_lag_p99` of this client; None in virtual time. `limited_by`: "client" or
       "pipeline" where the window says nothing about the provider.
@@ -149,6 +151,8 @@ class Point:
     between_tokens_p50: float | None = None
     between_tokens_p95: float | None = None
     tokens_per_second: float | None = None
+    tokens_per_second_low: float | None = None
+    tokens_per_second_high: float | None = None
     cost: float | None = None
     cpu_share: float | None = None
     loop_lag_p99: float | None = None
@@ -210,6 +214,7 @@ def measure(
     between = [gap for a in good if (gap := _between_tokens(a)) is not None]
     p50, p95 = percentile_interval(service, 0.5), percentile_interval(service, 0.95)
     response_p95 = percentile_interval(took, 0.95)
+    tokens = _tokens(good, window)
     point = Point(
         level=setting.level,
         order=order,
@@ -257,7 +262,9 @@ def measure(
         first_token_p95=percentile(first_tokens, 0.95),
         between_tokens_p50=percentile(between, 0.5),
         between_tokens_p95=percentile(between, 0.95),
-        tokens_per_second=_tokens(good, a_second),
+        tokens_per_second=tokens[0] * a_second if tokens else None,
+        tokens_per_second_low=tokens[1].low * a_second if tokens else None,
+        tokens_per_second_high=tokens[1].high * a_second if tokens else None,
         cost=_cost(attempts, prices or {}),
         cpu_share=window.cpu_share,
         loop_lag_p99=window.loop_lag_p99,
@@ -331,9 +338,13 @@ def _between_tokens(attempt: AttemptRecord) -> float | None:
     return max(0.0, service - first) / (tokens - 1)
 
 
-def _tokens(good: Sequence[AttemptRecord], a_second: float) -> float | None:
-    known = [(a.input_tokens or 0) + (a.output_tokens or 0) for a in good if a.output_tokens is not None]
-    return sum(known) * a_second if known else None
+def _tokens(good: Sequence[AttemptRecord], window: Window) -> tuple[float, Interval] | None:
+    """How many tokens a window brought, and the interval of that; None where no call told any."""
+    known = [a for a in good if a.output_tokens is not None]
+    if not known or window.end <= window.start:
+        return None
+    tokens = [(a.input_tokens or 0) + (a.output_tokens or 0) for a in known]
+    return sum(tokens), count_interval(block_sums([a.ended_at for a in known], tokens, window.start, window.end))
 
 
 def _cost(attempts: Sequence[AttemptRecord], prices: Mapping[str, Price]) -> float | None:

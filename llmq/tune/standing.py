@@ -176,10 +176,14 @@ def _over(difference: float, error: float) -> float:
 def share_of_pace(point: Point) -> tuple[float, float]:
     """How much of its pace a paced setting brings, and the standard error of that."""
     if point.requests_per_minute is not None:
-        share = 60 * point.goodput / point.requests_per_minute
-    else:
-        share = 60 * (point.tokens_per_second or 0.0) / (point.tokens_per_minute or math.inf)
-    return share, share * point.goodput_error / point.goodput if point.goodput > 0 else 0.0
+        return 60 * point.goodput / point.requests_per_minute, 60 * point.goodput_error / point.requests_per_minute
+    a_share = 60 / (point.tokens_per_minute or math.inf)
+    error = ((point.tokens_per_second_high or 0.0) - (point.tokens_per_second_low or 0.0)) / (2 * 1.96)
+    return a_share * (point.tokens_per_second or 0.0), a_share * error
+
+
+def _judged_by(point: Point) -> tuple[float, float]:
+    return share_of_pace(point) if point.setting.paced else (point.goodput, point.goodput_error)
 
 
 def standing(points: Iterable[Point], bounds: Bounds) -> Standing:
@@ -238,7 +242,7 @@ def calls_to_decide(found: Standing, candidate: Point) -> int:
     """How many calls a candidate and its rival each need, so that, if they are alike, it is shown."""
     pair = {p.setting: p for p in (candidate, found.rival(candidate))}.values()
     margin = (1 - found.needed) / SURE
-    relative = [p.goodput_error / p.goodput * math.sqrt(p.succeeded) for p in pair if p.goodput > 0]
+    relative = [error / value * math.sqrt(p.succeeded) for p in pair for value, error in [_judged_by(p)] if value > 0]
     return math.ceil(len(pair) * max(relative, default=1.0) ** 2 / margin**2)
 
 
@@ -247,12 +251,9 @@ def level_interval(found: Standing, chosen: Point) -> tuple[int, int, float]:
     goodput is drawn anew from its interval (a parametric bootstrap; the intervals come from blocks of time)."""
     random = np.random.default_rng(0)
     levels = np.array([p.level for p in found.feasible])
-    paced = chosen.setting.paced
-    means, errors = zip(
-        *(share_of_pace(p) if paced else (p.goodput, p.goodput_error) for p in found.feasible), strict=True
-    )
+    means, errors = zip(*map(_judged_by, found.feasible), strict=True)
     drawn = random.normal(means, errors, (DRAWS, len(levels)))
-    if paced:
+    if chosen.setting.paced:
         enough = drawn >= found.needed_of_pace
         enough[:, -1] = True
     else:

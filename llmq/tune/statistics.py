@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 SAMPLES_FOR_P95 = 72
@@ -72,11 +73,18 @@ def overlap_seconds(spans: Sequence[tuple[float, float]], start: float, end: flo
 
 def block_counts(times: Sequence[float], start: float, end: float, blocks: int = BLOCKS) -> tuple[int, ...]:
     """How many of `times` fall into each of equal parts of (start, end]."""
-    counts, _ = np.histogram(np.asarray(times, float), bins=blocks, range=(start, end))
-    return tuple(int(count) for count in counts)
+    return tuple(int(count) for count in block_sums(times, np.ones(len(times)), start, end, blocks))
 
 
-def count_interval(blocks: Sequence[int]) -> Interval:
+def block_sums(
+    times: Sequence[float], amounts: ArrayLike, start: float, end: float, blocks: int = BLOCKS
+) -> tuple[float, ...]:
+    """What the `amounts` at `times` add up to in each of equal parts of (start, end]."""
+    sums, _ = np.histogram(np.asarray(times, float), bins=blocks, range=(start, end), weights=np.asarray(amounts))
+    return tuple(float(amount) for amount in sums)
+
+
+def count_interval(blocks: Sequence[float]) -> Interval:
     """The 95 % interval of how many there would be in such a window in the long run, from one window's block counts.
 
     Batch means at several batch sizes: the variance of the count in m blocks is taken as a + b m, fitted to
