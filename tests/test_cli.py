@@ -426,9 +426,9 @@ def test_tune_stops_at_its_cap_on_calls_and_says_so(most):
 def test_a_dry_run_guesses_what_a_sweep_will_use():
     done = llmq(*PAID, "--dry-run", "--levels", "2 4", "--seconds", "10")
     assert done.returncode == 0, said(done)
-    # 2, 4 and 2 again at once, each for 10 s and two calls of 1 s: (2 + 4 + 2) * 12 calls in 36 s; and half more
-    assert "If a call takes 1 s: about 144 calls, 0.9 minutes" in done.stdout
-    assert "If a call takes 5 s: about 48 calls, 1.5 minutes" in done.stdout
+    # 2, 4 and 2 again at once, each for 10 s and two calls of 1 s: (2 + 4 + 2) * 12 calls in 36 s; and twice that
+    assert "If a call takes 1 s: up to about 288 calls, 1.8 minutes" in done.stdout
+    assert "If a call takes 5 s: up to about 96 calls, 3.0 minutes" in done.stdout
     assert "at most 2, 4 at once, each for 10 s" in done.stdout
     assert not Path("out").exists()
 
@@ -583,6 +583,6 @@ def test_without_a_terminal_a_paid_provider_with_a_cap_is_measured_unasked(monke
     with serve_provider(latency_seconds=0.05) as found:
         command = ["tune", "--base-url", found.url, "--model", "m", "--single-calls", "--max-calls", "60"]
         done = CliRunner().invoke(cli.app, [*command, "--levels", "2", "--seconds", "0.5", "--out", "found"])
-    assert "This will use about" in done.output
+    assert "This will use up to about" in done.output
     assert "Go on?" not in done.output
     assert "stopped at the cap of 60 calls" in done.output

@@ -9,7 +9,7 @@ from llmq.core import Rate
 from llmq.errors import ConfigError, LLMQError
 from llmq.records import AttemptRecord
 from llmq.tune import guard
-from llmq.tune.guard import EXTRA_SHARE, Caps, Prediction, Stopped, Used, predict
+from llmq.tune.guard import Caps, Extra, Prediction, Stopped, Used, predict
 
 PRICES = {"small": Price(1.0, 10.0)}  # USD per million
 
@@ -34,30 +34,36 @@ def test_no_caps_and_fractions_are_fine():
 
 
 def test_a_prediction_by_littles_law():
-    """Levels 2, 4 and 2 again, at 0.5 s: 4, 8 and 4 calls/s, each for 10 s and two service times; and half more."""
+    """Levels 2, 4 and 2 again, at 0.5 s: 4, 8 and 4 calls/s, each for 10 s and two service times; and twice that."""
     found = predict([2, 4], service_seconds=0.5, window_seconds=10.0)
-    more = 1 + EXTRA_SHARE
-    assert found.calls == math.ceil((4 + 8 + 4) * 11 * more)
-    assert found.minutes == pytest.approx(3 * 11 * more / 60)
+    assert found.calls == (4 + 8 + 4) * 11 * 3
+    assert found.minutes == pytest.approx(3 * 11 * 3 / 60)
     assert (found.tokens, found.cost) == (None, None)
+    assert predict([2], service_seconds=0.5, window_seconds=1.0).minutes * 60 == pytest.approx(4 + 30), "half a minute"
+
+
+def test_what_a_sweep_may_add_is_twice_what_was_asked_for_and_half_a_minute_at_least():
+    assert Extra.left(0, 4.0, 0.0, virtual=False) == Extra(12, 30.0)
+    assert Extra.left(3, 140.0, 100.0, virtual=False) == Extra(9, 180.0)
+    assert Extra.left(3, 140.0, 100.0, virtual=True) == Extra(27, clean_seconds=300.0, coarseness=0.02)
+    assert Extra(9, 180.0).longest_seconds == 90.0
 
 
 def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():
-    more = 1 + EXTRA_SHARE
     found = predict(
         [1, 8], service_seconds=1.0, window_seconds=10.0, window_calls=100, rate_per_second=4.0, tokens_per_call=200,
         cost_per_call=0.01,
     )  # fmt: skip
     seconds = [100 + 2, 100 / 4 + 2, 100 + 2]  # 1, 4 (not 8) and 1 call a second, until there are 100
-    assert found.minutes == pytest.approx(sum(seconds) * more / 60)
-    calls = (102 + 27 * 4 + 102) * more
+    assert found.minutes == pytest.approx(sum(seconds) * 3 / 60)
+    calls = (102 + 27 * 4 + 102) * 3
     assert (found.calls, found.tokens) == (math.ceil(calls), round(200 * calls))
     assert found.cost == pytest.approx(0.01 * calls)
 
 
 def test_a_prediction_in_words():
-    assert str(Prediction(120, 2.5)) == "about 120 calls, 2.5 minutes"
-    assert str(Prediction(120, 2.5, 4000, 1.234)) == "about 120 calls, 2.5 minutes, 4000 tokens, 1.23 USD"
+    assert str(Prediction(120, 2.5)) == "up to about 120 calls, 2.5 minutes"
+    assert str(Prediction(120, 2.5, 4000, 1.234)) == "up to about 120 calls, 2.5 minutes, 4000 tokens, 1.23 USD"
 
 
 def test_what_was_used_is_counted():

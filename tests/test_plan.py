@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq.tune.evidence import judged
+from llmq.tune.guard import Extra
 from llmq.tune.limits import Separation
-from llmq.tune.plan import FAR_ABOVE, MOST_MORE, Extra, Step, next_step, steps_left
+from llmq.tune.plan import FAR_ABOVE, MOST_MORE, Step, next_step, steps_left
 from llmq.tune.point import Setting
 from llmq.tune.recommend import recommend
 from llmq.tune.standing import ATTEMPTS_TO_PROVE, PACE_SHARE, Bounds
@@ -221,11 +222,7 @@ def test_a_bound_that_is_not_proven_gets_more_calls():
 # --- in the time that is left
 
 
-def test_real_time_has_twice_what_was_asked_for_and_half_a_minute_at_least():
-    assert Extra.of(4, 1.0, virtual=False) == Extra(12, 30.0)
-    assert Extra.of(7, 20.0, virtual=False) == Extra(12, 280.0)
-    assert Extra.of(7, 20.0, virtual=True).seconds == math.inf
-    assert Extra(12, 30.0).less(20.0) == Extra(11, 10.0)
+def test_one_window_takes_at_most_half_of_what_is_left():
     points = [point(n, float(n), **CLEAN) for n in (4, 8, 16)]
     assert step(points, seconds=80.0).most_seconds == 40.0
     assert step(points, seconds=0.0).purpose == "drift"

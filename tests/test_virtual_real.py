@@ -4,10 +4,10 @@ Real: the provider in a process of its own, over loopback HTTP. Bounds: goodput 
 the same level within max(1, 12 %), the same pace within 2 %, the same that binds. All else must be well below 5 %:
 
 - Transit: a call takes 4 ms longer over HTTP, 10 ms on a busy machine; so it takes 0.4 or 0.6 s, and a refusal 0.1 s.
-- Chance: sigma 0.1. With n calls in a window the mean service time is right to 0.1 / sqrt(n): 1.5 % at 4 at once in
-  7 s. Virtual windows last a minute, which costs nothing.
+- Chance: sigma 0.1. With n calls in a window the mean service time is right to 0.1 / sqrt(n): 0.9 % at 4 at once in
+  20 s, in which one call more or less is 0.7 %. Virtual windows last a minute, which costs nothing.
 - Edges: a level's calls begin together and drift apart by a tenth of a round with each, so after 12 rounds they end at
-  any time: what a window holds more or less is a part of one round in 12.
+  any time: what a window holds more or less is a part of one round in 30.
 - A limit on calls at once refuses without Retry-After: held for a second each time, calls come in waves of a length
   that a millisecond of transit changes.
 
@@ -39,7 +39,7 @@ def asking(client):
 
 
 def swept(client, **options):
-    options = {"seconds": 7, "seed": 3, "on_progress": lambda _: None, **options}
+    options = {"seconds": 20, "seed": 3, "on_progress": lambda _: None, **options}
     return llmq.sweep(asking(client), REQUESTS, **options)
 
 

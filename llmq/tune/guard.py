@@ -41,7 +41,10 @@ class Caps:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a sweep is expected to use. `tokens` and `cost` None: no call has told any, or its model has no price."""
+    """The most that a sweep is expected to use.
+
+    `tokens` and `cost` None: no call has told any, or its model has no price.
+    """
 
     calls: int
     minutes: float
@@ -49,7 +52,7 @@ class Prediction:
     cost: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"about {self.calls} calls", f"{self.minutes:.1f} minutes"]
+        parts = [f"up to about {self.calls} calls", f"{self.minutes:.1f} minutes"]
         if self.tokens is not None:
             parts.append(f"{self.tokens} tokens")
         if self.cost is not None:
@@ -57,8 +60,39 @@ class Prediction:
         return ", ".join(parts)
 
 
-EXTRA_SHARE = 0.5
-"""What windows that the sweep adds by itself cost, as a share of those that were asked for; a guess."""
+EXTRA_SHARE = 2.0
+"""What windows that the sweep adds by itself may take in real time, as a share of those that were asked for."""
+
+LEAST_EXTRA_SECONDS = 30.0
+"""What they may always take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`: how long the answer is held
+    where nothing was refused at all; `coarseness`: how far above the smallest level the answer may be, as a share."""
+
+    windows: int
+    seconds: float = math.inf
+    clean_seconds: float = 60.0
+    coarseness: float = 0.1
+
+    @classmethod
+    def left(cls, windows: int, asked_seconds: float, extra_seconds: float, *, virtual: bool) -> Extra:
+        """After so many windows that took `extra_seconds`, and levels asked for that took `asked_seconds`."""
+        if virtual:
+            return cls(30 - windows, clean_seconds=300.0, coarseness=0.02)
+        return cls(12 - windows, most_extra_seconds(asked_seconds) - extra_seconds)
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of one window: half of what is left, so that it can be followed by another."""
+        return self.seconds / 2
+
+
+def most_extra_seconds(asked_seconds: float) -> float:
+    """How long a sweep may go on in real time after the levels that were asked for."""
+    return max(LEAST_EXTRA_SECONDS, EXTRA_SHARE * asked_seconds)
 
 
 def predict(
@@ -71,7 +105,7 @@ def predict(
     tokens_per_call: float | None = None,
     cost_per_call: float | None = None,
 ) -> Prediction:
-    """What a sweep over levels will use: each level once, the first again, half as much again for what it adds. Pure.
+    """The most that a sweep over levels will use: each level once, the first again, and what it may add. Pure.
 
     A level N brings N / service_seconds calls a second (Little's law), or the rate that is known.
     """
@@ -81,7 +115,8 @@ def predict(
         lasts = max(window_seconds, window_calls / per_second) + 2 * service_seconds
         seconds += lasts
         calls += lasts * per_second
-    calls, seconds = calls * (1 + EXTRA_SHARE), seconds * (1 + EXTRA_SHARE)
+    more = 1 + most_extra_seconds(seconds) / seconds
+    calls, seconds = calls * more, seconds * more
     return Prediction(
         math.ceil(calls),
         seconds / 60,

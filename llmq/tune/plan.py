@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llmq.tune.evidence import Limit, judged, limit_found
+from llmq.tune.guard import Extra
 from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
 from llmq.tune.standing import (
@@ -39,8 +40,6 @@ _FASTER = 1.04
 _FEW_CALLS = 20
 _CLOSE_LEVELS = 1.25
 _MOST_AT_ONCE = 2
-_LEAST_EXTRA_SECONDS = 30.0
-_EXTRA_SHARE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +54,6 @@ class Step:
     seconds: float = 0.0
     extra: bool = False
     most_seconds: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Extra:
-    """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`: how long the answer is held
-    where nothing was refused at all; `coarseness`: how far above the smallest level the answer may be, as a share."""
-
-    windows: int
-    seconds: float = math.inf
-    clean_seconds: float = 60.0
-    coarseness: float = 0.1
-
-    @classmethod
-    def of(cls, levels: int, usual_seconds: float, *, virtual: bool) -> Extra:
-        """In real time twice what the levels take, whose windows usually last so long; virtual time is free."""
-        if virtual:
-            return cls(30, clean_seconds=300.0, coarseness=0.02)
-        return cls(12, max(_LEAST_EXTRA_SECONDS, _EXTRA_SHARE * levels * usual_seconds))
-
-    def less(self, seconds: float) -> Extra:
-        """What is left after one more window, which took so long."""
-        return replace(self, windows=self.windows - 1, seconds=self.seconds - seconds)
-
-    @property
-    def longest_seconds(self) -> float:
-        """Of one window: half of what is left, so that it can be followed by another."""
-        return self.seconds / 2
 
 
 def next_step(points: Sequence[Point], order: Sequence[int], bounds: Bounds, extra: Extra) -> Step | None:

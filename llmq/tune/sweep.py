@@ -27,9 +27,9 @@ from llmq.records import Records
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv
 from llmq.tune.evidence import drift, judged, limit_found
-from llmq.tune.guard import Caps, Prediction, Stopped
+from llmq.tune.guard import Caps, Extra, Prediction, Stopped
 from llmq.tune.limits import RATES
-from llmq.tune.plan import Extra, Step, next_step, steps_left
+from llmq.tune.plan import Step, next_step, steps_left
 from llmq.tune.point import Point
 from llmq.tune.recommend import OperatingPoint, recommend
 from llmq.tune.runner import Load, Runner
@@ -273,12 +273,16 @@ class _Work:
     report: Callable[[Progress], None]
     virtual: bool
     refine: bool
-    extra: Extra = field(default_factory=lambda: Extra(0))
+    asked_seconds: float = 0.0
+    extra_windows: int = 0
+    extra_seconds: float = 0.0
 
     def next_step(self) -> Step | None:
         """What to measure next."""
-        result = self.result
-        return next_step(result.points, self.order, result.bounds, self.extra)
+        extra = Extra(0)
+        if self.refine:
+            extra = Extra.left(self.extra_windows, self.asked_seconds, self.extra_seconds, virtual=self.virtual)
+        return next_step(self.result.points, self.order, self.result.bounds, extra)
 
     async def run(self) -> None:
         """Measure until nothing is left, or a cap is met."""
@@ -288,6 +292,7 @@ class _Work:
         if step.purpose == "level":
             for point in self.result.points:  # of an earlier plan: this one ends in a drift of its own
                 point.purpose = "more" if point.purpose == "drift" else point.purpose
+        self.asked_seconds = sum(p.window_seconds + p.warm_up_seconds for p in self.result.points)
         runner = self.make_runner()  # in the loop that it measures in
         limit = limit_found(self.result.points)
         runner.rate_limited = limit is not None and limit.kind in RATES
@@ -323,14 +328,16 @@ class _Work:
 
     async def _measure_all(self, runner: Runner) -> None:
         points, order, bounds = self.result.points, self.order, self.result.bounds
-        if self.refine:
-            self.extra = Extra.of(len(order), runner.usual_seconds(), virtual=self.virtual)
         while (step := self.next_step()) is not None:
             done, total = len(points), len(points) + steps_left(points, order, bounds)
             self.report(Progress(done, total, step.setting.level))
             known_before, began_at = runner.rate_limited, clock()
             point, records = await runner.measure(step, done, step.purpose)
-            self.extra = self.extra.less(clock() - began_at) if step.extra else self.extra
+            if step.extra:
+                self.extra_windows += 1
+                self.extra_seconds += clock() - began_at
+            else:
+                self.asked_seconds += clock() - began_at
             points.append(point)
             self.result.records[point.order] = records
             self._heed_refusals(runner, known_before)
