@@ -104,8 +104,9 @@ def predict(
     rate_per_second: float | None = None,
     tokens_per_call: float | None = None,
     cost_per_call: float | None = None,
+    refine: bool = True,
 ) -> Prediction:
-    """The most that a sweep over levels will use: each level once, the first again, and what it may add. Pure.
+    """The most that a sweep over levels will use: each level once, the first again, and to `refine` what it may add.
 
     A level N brings N / service_seconds calls a second (Little's law), or the rate that is known.
     """
@@ -115,7 +116,7 @@ def predict(
         lasts = max(window_seconds, window_calls / per_second) + 2 * service_seconds
         seconds += lasts
         calls += lasts * per_second
-    more = 1 + most_extra_seconds(seconds) / seconds
+    more = 1 + most_extra_seconds(seconds) / seconds if refine else 1.0
     calls, seconds = calls * more, seconds * more
     return Prediction(
         math.ceil(calls),

@@ -320,7 +320,7 @@ class _Work:
             self.store.tell(self.result.about())
 
     def _goes_on(self, runner: Runner) -> bool:
-        self.result.predicted = runner.predicted(self.order)
+        self.result.predicted = runner.predicted(self.order, refine=self.refine)
         if self.on_plan is not None and not self.on_plan(self.result.predicted):
             self.result.stopped = "was not wanted, after its first few calls"
             return False
