@@ -5,7 +5,7 @@ import random
 import pytest
 
 from llmq.records import AttemptRecord
-from llmq.tune.limits import RateSeen, Separation, rate_seen, separation
+from llmq.tune.limits import RateSeen, Separation, closed_seconds, rate_seen, separation
 
 
 def attempt(started_at, outcome="ok", *, seconds=1.0, tokens=None):
@@ -134,3 +134,10 @@ def test_too_few_calls_say_nothing_of_what_is_in_flight(calls):
 @pytest.mark.parametrize(("share", "clear"), [(0.89, False), (0.9, True), (1.0, True), (0.5, False)])
 def test_from_when_a_separation_is_clear(share, clear):
     assert Separation(share, 4, 4).clear is clear
+
+
+def test_how_long_a_limit_closes_for_is_seen_between_admissions_and_at_the_end():
+    assert closed_seconds(let_in(1.0, 9.0)) == 0, "nothing was refused"
+    assert closed_seconds([*let_in(1.0), *refused(2.0, 5.0), *let_in(9.0, 20.0)]) == 8.0
+    assert closed_seconds([*let_in(1.0), *refused(2.0, 5.0)]) == 4.0, "until the last refusal at least"
+    assert closed_seconds(refused(2.0, 5.0)) == 0

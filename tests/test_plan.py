@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,19 @@ def test_a_pace_that_holds_is_not_tried_again():
     paced = point(12, 4.94, requests_per_minute=PACE, error=0.001)
     found = step([point(4, 4.0), *RATE, paced])
     assert found == Step(Setting(4), "drift") or found.setting.requests_per_minute == PACE
+
+
+def test_a_higher_limit_that_headers_tell_is_tried_once_the_pace_is_clean():
+    """A window that closes for long shows too low a rate: calls wait longer than they need."""
+    told = [replace(p, told_per_minute=600.0) for p in RATE]
+    clean = point(12, 4.95, requests_per_minute=PACE, error=0.001)
+    faster = step([point(4, 4.0), *told, clean], order=(4, 8, 16, 32)).setting
+    assert faster.requests_per_minute == 600 * PACE_SHARE
+    refused = point(16, 6.0, refused=300, requests_per_minute=600 * PACE_SHARE, rate=rate(600, 100.0))
+    between = step([point(4, 4.0), *told, clean, refused]).setting.requests_per_minute
+    assert PACE < between < 600 * PACE_SHARE
+    same = [replace(p, told_per_minute=305.0) for p in RATE]
+    assert step([point(4, 4.0), *same, clean]).setting.requests_per_minute in (None, PACE)
 
 
 def test_paces_do_not_fall_without_end():

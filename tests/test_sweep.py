@@ -576,3 +576,14 @@ def test_an_error_of_a_virtual_sweep_is_raised_where_it_is_awaited():
 
     with pytest.raises(TypeError, match="my bug"):
         asyncio.run(virtual_sweep(broken))
+
+
+@pytest.mark.parametrize("window", ["fixed", "sliding"])
+async def test_a_window_that_says_no_retry_after_is_found_and_paced(window):
+    """Windows of 10 s, and a limit whose own is a minute long: it is waited for once it is seen to be closed."""
+    spec = {"requests_per_minute": 300, "latency_seconds": 2.0, "window": window, "retry_after": "none"}
+    found = await sweep_of(spec, [4, 8, 16, 32], seconds=10)
+    answer = found.recommend()
+    assert answer.binds == "requests"
+    assert 285 <= answer.requests_per_minute <= 300
+    assert answer.share_429 <= 0.01

@@ -97,11 +97,15 @@ def rate_seen(attempts: Sequence[AttemptRecord]) -> RateSeen | None:
 
 
 def closed_seconds(attempts: Sequence[AttemptRecord]) -> float:
-    """The longest that nothing was let in for, after a refusal that asked for no shorter wait; 0 without one."""
+    """The longest that nothing was let in for, after a refusal that asked for no shorter wait; 0 without one.
+
+    What was closed at the end was so until the last refusal at least.
+    """
     longest, last_admitted, refusal = 0.0, None, None
     for attempt in _in_order(attempts):
         if attempt.outcome == "rejected":
             refusal = attempt
+            longest = max(longest, _started(attempt) - (_started(attempt) if last_admitted is None else last_admitted))
             continue
         if refusal is not None and last_admitted is not None:
             closed = _started(attempt) - last_admitted

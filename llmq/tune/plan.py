@@ -124,7 +124,9 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
     if rate is None:
         return None
     by_tokens = limit.kind == "tokens" and rate.tokens > 0
-    pace = _next_pace([p for p in judged(points) if p.setting.paced], rate, bounds, by_tokens=by_tokens)
+    told = max((p.told_per_minute or 0.0 for p in points if p.refused_by == limit.kind), default=0.0)
+    paced = [p for p in judged(points) if p.setting.paced]
+    pace = _next_pace(paced, rate, bounds, PACE_SHARE * told, by_tokens=by_tokens)
     if pace is None:
         return None
     in_flight = pace / 60 * _service_seconds(points)
@@ -138,9 +140,9 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
     return Step(setting, "between", 3.0 if changes(rate) else 1.0, calls=ATTEMPTS_TO_PROVE, extra=True)
 
 
-def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, *, by_tokens: bool) -> float | None:
-    """Requests a minute to try next, None: found. Just below the rate; then below what was refused; where the limit
-    changes, so that its mean says little, above what was clean, and between."""
+def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: float, *, by_tokens: bool) -> float | None:
+    """Requests a minute to try next, None: found. Just below the rate; then below what was refused; above what was
+    clean where the limit changes, so that its mean says little, or headers tell a higher one; and between."""
     if not paced:
         return PACE_SHARE * 60 * rate.per_second
     calls_per_token = rate.admitted / rate.tokens if by_tokens else 0.0
@@ -156,7 +158,10 @@ def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, *, by_tok
     if not clean and not refused:
         return None
     if not above:
-        return _FASTER * fastest if changes(rate) else None
+        told *= calls_per_token if by_tokens else 1.0
+        if changes(rate):
+            return _FASTER * fastest
+        return told if told > _FASTER * fastest else None
     slowest = min(above, key=pace)
     if not clean:
         own: list[float | None] = [slowest.attempt_rate * (1 - slowest.share_429)]

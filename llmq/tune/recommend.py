@@ -166,6 +166,8 @@ def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple
     if limit is not None and limit.rate is not None:
         rate = limit.rate
         text = f"The provider's limit on {_in_words(limit.kind)} binds, at {rate.per_second:.3g} calls/s"
+        if chosen.goodput > 1.02 * rate.per_second:
+            text += f" at least: {chosen.goodput:.3g} were let in at that pace"
         if limit.kind == "tokens" and rate.tokens:
             text += f" or {rate.tokens / rate.seconds * 60:.3g} tokens/min"
         how = "as its headers say and" if rate.told else "by"
@@ -376,7 +378,7 @@ def _is_real(points: Sequence[Point]) -> bool:
 
 
 def _refused_at(point: Point) -> str:
-    return f"at {point.level} it turns {point.share_429:.0%} of the attempts away"
+    return f"at {point.level} it turns {point.share_429:.{0 if point.share_429 >= 0.01 else 1}%} of the attempts away"
 
 
 def _client_evidence(point: Point) -> str:

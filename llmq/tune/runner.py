@@ -7,6 +7,7 @@
   burst that flatters whichever level comes first, then left to refill a little: for one service time, since the first
   calls of a level come all at once, and for three standard deviations of how many calls a window brings, since a
   level right at the limit has ups and downs. What is above the limit by more than that runs dry within its window.
+  One that is closed for longer, as it says or was seen to be, is waited for.
 - Of each window, what happens until the level is reached and one service time has passed is discarded (one of the
   window before, where that is longer: a server may work on at what was cancelled), and then what the series itself
   shows to be unsettled (`settled_from`).
@@ -256,10 +257,10 @@ class Runner:
         """
         async with self._running(Setting(self._highest)) as run:
             await run.until(clock() + _EMPTYING_SECONDS, lambda: run.rate_refusals > 0)
-            self._learn_hold(run.queue.records())
+            told = self._learn_hold(run.queue.records())
         calls = window_seconds * level / self.service_seconds
         ups_and_downs = _MARGIN_DEVIATIONS * self.service_spread / math.sqrt(calls) * window_seconds
-        await asyncio.sleep(self.service_seconds + ups_and_downs)
+        await asyncio.sleep(max(self.service_seconds + ups_and_downs, told or self._longest_hold))
 
     @asynccontextmanager
     async def _running(self, setting: Setting | None, number: int | None = None) -> AsyncIterator[Run]:
@@ -400,11 +401,12 @@ class Runner:
         hidden = run.queue.hidden_retries or (run.hidden_retries and not seen)
         self.hidden_retries = self.hidden_retries or bool(hidden)
 
-    def _learn_hold(self, records: Records) -> None:
-        """How long the provider closes for, as it says or as is seen."""
+    def _learn_hold(self, records: Records) -> float:
+        """How long the provider closes for, as it says or as is seen; what it says, at most a minute."""
         refused = (a for a in records.attempts if a.outcome == "rejected" and by_a_rate(a))
-        told = max((a.retry_after_seconds or 0.0 for a in refused), default=0.0)
-        self._longest_hold = max(self._longest_hold, min(_LONGEST_HOLD, max(told, closed_seconds(records.attempts))))
+        told = min(_LONGEST_HOLD, max((a.retry_after_seconds or 0.0 for a in refused), default=0.0))
+        self._longest_hold = max(self._longest_hold, told, min(_LONGEST_HOLD, closed_seconds(records.attempts)))
+        return told
 
 
 def _steady_part(records: Records, window: Window) -> tuple[Window, bool]:
