@@ -73,6 +73,11 @@ async def test_a_rested_bucket_is_emptied_first():
     assert found.passed, str(found)
 
 
+async def test_a_rested_bucket_is_emptied_at_more_than_a_level_that_is_below_the_rate():
+    found = await held({"requests_per_minute": 1200}, Setting(4, requests_per_minute=1188), open_items=8)
+    assert found.off[0] == pytest.approx(20, rel=0.05), "and not 40, from a bucket that 4 at once never empty"
+
+
 async def test_a_level_above_a_rate_limit_does_not_keep_its_429_share():
     found = await held({"requests_per_minute": 1200, "bucket_seconds": 2}, Setting(8))
     assert lines(found)["429"] is False

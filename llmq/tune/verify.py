@@ -29,6 +29,10 @@ T = TypeVar("T")
 SLOWER = 0.1
 """So much slower than with the flag off is let pass: less would take thousands of calls to tell from chance."""
 
+_TO_EMPTY = 4
+"""So many times the level of a paced setting empties a bucket that may have rested; the level itself may be below the
+rate."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -102,7 +106,7 @@ async def verify(
         retry=settings.retry if retry is None else retry,
         request_timeout=settings.request_timeout if request_timeout is None else request_timeout,
         open_items=open_items,
-        highest=setting.level,
+        highest=setting.level * (_TO_EMPTY if setting.paced else 1),
         caps=caps or Caps(),
         prices=settings.prices if prices is None else prices,
     )
