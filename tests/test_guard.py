@@ -46,7 +46,6 @@ def test_what_a_sweep_may_add_is_twice_what_was_asked_for_and_half_a_minute_at_l
     assert Extra.left(0, 4.0, 0.0, virtual=False) == Extra(12, 30.0)
     assert Extra.left(3, 140.0, 100.0, virtual=False) == Extra(9, 180.0)
     assert Extra.left(3, 140.0, 100.0, virtual=True) == Extra(27, clean_seconds=300.0, coarseness=0.02)
-    assert Extra(9, 180.0).longest_seconds == 90.0
 
 
 def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():

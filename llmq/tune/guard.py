@@ -84,11 +84,6 @@ class Extra:
             return cls(30 - windows, clean_seconds=300.0, coarseness=0.02)
         return cls(12 - windows, most_extra_seconds(asked_seconds) - extra_seconds)
 
-    @property
-    def longest_seconds(self) -> float:
-        """Of one window: half of what is left, so that it can be followed by another."""
-        return self.seconds / 2
-
 
 def most_extra_seconds(asked_seconds: float) -> float:
     """How long a sweep may go on in real time after the levels that were asked for."""

@@ -67,7 +67,7 @@ def next_step(points: Sequence[Point], order: Sequence[int], bounds: Bounds, ext
     if extra.windows > 0 and extra.seconds > 0:
         step = _sharpening(points, order, in_force(points, bounds), extra)
         if step is not None:
-            return replace(step, most_seconds=extra.longest_seconds)
+            return replace(step, most_seconds=extra.seconds)
     return Step(Setting(order[0]), "drift")
 
 
@@ -224,7 +224,7 @@ def _downwards(points: Sequence[Point], found: Standing, extra: Extra) -> Step |
     open_ones = [p for p in below if p.level > floor]
     if open_ones:
         return _sample(points, found, open_ones[-1])
-    if extra.longest_seconds * chosen.attempt_rate < ATTEMPTS_TO_PROVE:
+    if extra.seconds * chosen.attempt_rate < ATTEMPTS_TO_PROVE:
         return None
     level = floor + max(1, (chosen.level - floor) // 3)
     return Step(replace(chosen.setting, level=level), "between", calls=ATTEMPTS_TO_PROVE, extra=True)
@@ -279,7 +279,7 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
                 return step
     held = max(p.window_seconds for p in points if p.setting == chosen.setting)
     if not any(p.refused for p in points) and held < extra.clean_seconds:
-        step = _more(points, chosen.setting, seconds=extra.clean_seconds, most=1)
+        step = _more(points, chosen.setting, seconds=min(extra.clean_seconds, extra.seconds / 2), most=1)
         if step is not None:
             return step
     again = min(ATTEMPTS_TO_PROVE, chosen.attempts)
