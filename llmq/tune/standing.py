@@ -2,9 +2,10 @@
 
 - A setting is *feasible* if its 429 share, error share and p95 keep their bounds and neither this client nor the
   pipeline kept it from being what it says. It is *proven* if the intervals of these lie within the bounds, too.
-- Good enough is what is *shown*, at 95 % confidence, to have at least 97 % of the goodput of every other feasible
-  setting (one-sided z tests, pair by pair: the best of several noisy figures is a lucky one; those far less certain
-  than the best are left out). What is shown to have less is *out*; what is neither asks for more samples.
+- Good enough is what is *shown*, at 95 % confidence, to have at least 97 % of the best feasible goodput (a one-sided z
+  test). The best of several noisy figures is a lucky one, so the best is the mean of all that are not shown to bring
+  less than it; those far less certain are left out. What is shown to have less than 97 % is *out*; what is neither
+  asks for more samples.
 - A limit on a rate has no knee: slots alone cannot hold it. Then settings of one pace are compared, 99 % of the rate
   found, and good enough is what is shown to bring 97.5 % of that rate, which is known to half a per cent: that is
   98.5 % of the pace. Of two levels at one pace the higher never brings less, so the highest is good enough.
@@ -119,24 +120,32 @@ class Standing:
 
     def shown(self, point: Point) -> bool:
         """At 95 % confidence it has the needed share."""
-        return all(z >= SURE for z in self._margins(point))
+        return self._margin(point) >= SURE
 
     def out(self, point: Point) -> bool:
         """At 95 % confidence it has less than the needed share."""
-        return any(z <= -SURE for z in self._margins(point))
+        return self._margin(point) <= -SURE
+
+    def needs(self, point: Point) -> tuple[float, float] | None:
+        """What it must bring to be good enough, with the standard error of that; None: it is good enough anyway.
+
+        Of its pace, a share. Else a share of the best other goodput, or rather of the mean of those that are not shown
+        to be less, weighted by their certainty: the best of several noisy figures is a lucky one.
+        """
+        if point.setting.paced:
+            return None if point is self.feasible[-1] else (self.needed_of_pace, 0.0)
+        rivals = self._rivals(point)
+        if not rivals:
+            return None
+        weights = [1 / p.goodput_error**2 if p.goodput_error > 0 else math.inf for p in rivals]
+        if math.inf in weights:
+            return self.needed * max(p.goodput for p in rivals), 0.0
+        mean = sum(w * p.goodput for w, p in zip(weights, rivals, strict=True)) / sum(weights)
+        return self.needed * mean, self.needed / math.sqrt(sum(weights))
 
     def rival(self, point: Point) -> Point:
-        """Against whom it stands worst; itself where there is nobody."""
-        return min(self._rivals(point), key=lambda other: self._z(point, other), default=point)
-
-    def _margins(self, point: Point) -> list[float]:
-        """By how many standard errors it is above what is needed."""
-        if not point.setting.paced:
-            return [self._z(point, other) for other in self._rivals(point)]
-        if point is self.feasible[-1]:
-            return []
-        share, error = share_of_pace(point)
-        return [_over(share - self.needed_of_pace, error)]
+        """The best of the others; itself where there is none."""
+        return max(self._rivals(point), key=lambda p: p.goodput_low, default=point)
 
     @property
     def needed_of_pace(self) -> float:
@@ -145,12 +154,22 @@ class Standing:
         reached, error = share_of_pace(self.feasible[-1])
         return self.needed * min(1.0, reached + 2.0 * error)
 
+    def _margin(self, point: Point) -> float:
+        """By how many standard errors it is above what it needs."""
+        needs = self.needs(point)
+        if needs is None:
+            return math.inf
+        value, error = _judged_by(point)
+        error = math.hypot(error, needs[1])
+        return (value - needs[0]) / error if error > 0 else math.copysign(math.inf, value - needs[0])
+
     def _rivals(self, point: Point) -> list[Point]:
-        """The others, but those that are far less certain than the best: a chance figure is no rival."""
-        if point.setting.paced:
-            return []
-        certain = _FAR_LESS_CERTAIN * self.best.goodput_error
-        return [p for p in self.feasible if p is not point and (p is self.best or p.goodput_error <= certain)]
+        """The best other setting, and those that are not shown to bring less; none at a pace."""
+        others = [p for p in self.feasible if p is not point and not p.setting.paced]
+        best = max(others, key=lambda p: p.goodput_low, default=point)
+        certain = _FAR_LESS_CERTAIN * best.goodput_error
+        others = [p for p in others if p is best or p.goodput_error <= certain]
+        return [p for p in others if best.goodput - p.goodput <= SURE * math.hypot(best.goodput_error, p.goodput_error)]
 
     @property
     def best(self) -> Point:
@@ -163,14 +182,6 @@ class Standing:
         shown = [p for p in self.feasible if self.shown(p)]
         proven = [p for p in shown if self.bounds.unproven_by(p) is None]
         return next(iter(proven or shown), None)
-
-    def _z(self, point: Point, other: Point) -> float:
-        error = math.hypot(point.goodput_error, self.needed * other.goodput_error)
-        return _over(point.goodput - self.needed * other.goodput, error)
-
-
-def _over(difference: float, error: float) -> float:
-    return difference / error if error > 0 else math.copysign(math.inf, difference)
 
 
 def share_of_pace(point: Point) -> tuple[float, float]:
@@ -251,13 +262,11 @@ def level_interval(found: Standing, chosen: Point) -> tuple[int, int, float]:
     goodput is drawn anew from its interval (a parametric bootstrap; the intervals come from blocks of time)."""
     random = np.random.default_rng(0)
     levels = np.array([p.level for p in found.feasible])
-    means, errors = zip(*map(_judged_by, found.feasible), strict=True)
-    drawn = random.normal(means, errors, (DRAWS, len(levels)))
-    if chosen.setting.paced:
-        enough = drawn >= found.needed_of_pace
-        enough[:, -1] = True
-    else:
-        enough = drawn >= found.needed * drawn.max(axis=1, keepdims=True)
+    enough = np.ones((DRAWS, len(levels)), bool)
+    for column, point in enumerate(found.feasible):
+        needs = found.needs(point)
+        if needs is not None:
+            enough[:, column] = random.normal(*_judged_by(point), DRAWS) >= random.normal(*needs, DRAWS)
     smallest = levels[np.argmax(enough, axis=1)]
     low, high = np.quantile(smallest, [0.025, 0.975], method="nearest")
     return int(low), int(high), float(enough[:, found.feasible.index(chosen)].mean())
