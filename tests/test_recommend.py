@@ -419,8 +419,8 @@ def test_the_pace_that_is_asked_for_is_a_little_less_than_the_rate():
 
 
 def test_the_best_of_several_alike_is_a_lucky_one():
-    """Of 8.0, 8.05 and 8.2, each give or take 1 %, none is shown to be less; 7.97 has 97 % of their mean for sure."""
-    points = [point(n, g, error=0.01, seconds=100.0) for n, g in ((8, 4.0), (21, 8.0), (32, 8.2), (64, 8.05))]
+    """Of 8.0, 8.05 and 8.2, each give or take 1.2 %, none is shown to be less; 7.97 has 97 % of their mean for sure."""
+    points = [point(n, g, error=0.012, seconds=100.0) for n, g in ((8, 4.0), (21, 8.0), (32, 8.2), (64, 8.05))]
     candidate = point(16, 7.97, error=0.006, seconds=100.0)
     assert recommend([*points, candidate], BOUNDS).level == 16
     assert recommend([*points, replace(candidate, goodput=7.8)], BOUNDS).level != 16
