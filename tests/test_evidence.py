@@ -189,3 +189,12 @@ def test_at_one_pace_a_lower_level_is_proven_by_a_higher_one():
     assert found[low.setting].share_429_high == high.share_429_high < low.share_429_high
     assert found[high.setting].share_429_high == high.share_429_high
     assert found[other.setting].share_429_high == other.share_429_high
+
+
+def test_at_one_pace_fewer_calls_at_once_are_not_refused_more():
+    """What a lower level was refused more was the limit's own change while it was measured."""
+    lower = point(8, 5.0, requests_per_minute=300.0, refused=25)
+    higher = point(16, 5.0, requests_per_minute=300.0, refused=2)
+    slower = point(4, 4.0, requests_per_minute=240.0, refused=25)
+    shares = {p.level: p.share_429 for p in judged([point(2, 2.0), lower, higher, slower])}
+    assert shares == {2: 0.0, 4: 0.025, 8: 0.002, 16: 0.002}

@@ -35,7 +35,8 @@ def judged(points: Iterable[Point]) -> list[Point]:
 
 def _proven_by(point: Point, pooled: Sequence[Point]) -> Point:
     alike = [p for p in pooled if replace(p.setting, level=point.level) == point.setting and p.level >= point.level]
-    return replace(point, share_429_high=max(point.share_429, min(p.share_429_high for p in alike)))
+    share = min(p.share_429 for p in alike)
+    return replace(point, share_429=share, share_429_high=max(share, min(p.share_429_high for p in alike)))
 
 
 def _pooled(points: Iterable[Point]) -> list[Point]:

@@ -98,7 +98,7 @@ def _sharpening(points: Sequence[Point], order: Sequence[int], bounds: Bounds, e
         return _lower(points)
     return (
         _upwards(points, found, limit, bounds)
-        or _downwards(points, found, extra)
+        or _downwards(points, found, limit, extra)
         or _undecided(points, found)
         or _to_prove(points, found, bounds, extra)
     )
@@ -202,7 +202,7 @@ def _upwards(points: Sequence[Point], found: Standing, limit: Limit | None, boun
     return Step(Setting(level), "between", extra=True)
 
 
-def _downwards(points: Sequence[Point], found: Standing, extra: Extra) -> Step | None:
+def _downwards(points: Sequence[Point], found: Standing, limit: Limit | None, extra: Extra) -> Step | None:
     """Between the smallest that is shown to be good enough and the highest that cannot be.
 
     By Little's law a level N cannot bring more than N calls by service time.
@@ -227,7 +227,8 @@ def _downwards(points: Sequence[Point], found: Standing, extra: Extra) -> Step |
     if extra.seconds * chosen.attempt_rate < ATTEMPTS_TO_PROVE:
         return None
     level = floor + max(1, (chosen.level - floor) // 3)
-    return Step(replace(chosen.setting, level=level), "between", calls=ATTEMPTS_TO_PROVE, extra=True)
+    windows = 3.0 if limit is not None and limit.rate is not None and changes(limit.rate) else 1.0
+    return Step(replace(chosen.setting, level=level), "between", windows, calls=ATTEMPTS_TO_PROVE, extra=True)
 
 
 def _worthwhile(points: Sequence[Point], point: Point, found: Standing, extra: Extra) -> bool:
