@@ -147,6 +147,16 @@ def test_a_higher_limit_that_headers_tell_is_tried_once_the_pace_is_clean():
     assert step([point(4, 4.0), *same, clean]).setting.requests_per_minute in (None, PACE)
 
 
+def test_where_the_limit_changes_a_pace_a_little_slower_than_the_edge_is_measured_last():
+    changing = [replace(p, rate=rate(500, 100.0, slowest=3.0, fastest=7.0)) for p in RATE]
+    edge = point(12, 4.95, requests_per_minute=297.0, error=0.001)
+    refused = point(12, 4.9, refused=100, requests_per_minute=300.0, rate=rate(400, 100.0))
+    found = step([point(4, 4.0), *changing, edge, refused])
+    assert found.setting.requests_per_minute == math.floor(PACE_SHARE * 297)
+    slower = point(12, 4.9, requests_per_minute=294.0, error=0.001)
+    assert step([point(4, 4.0), *changing, edge, refused, slower]).setting.requests_per_minute in (294.0, None)
+
+
 def test_paces_do_not_fall_without_end():
     refused = [point(12, 0.1, refused=500, requests_per_minute=pace) for pace in (PACE, 200.0, 100.0, 65.0)]
     found = step([point(4, 4.0), *RATE, *refused])

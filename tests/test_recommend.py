@@ -424,3 +424,12 @@ def test_the_best_of_several_alike_is_a_lucky_one():
     candidate = point(16, 7.97, error=0.006, seconds=100.0)
     assert recommend([*points, candidate], BOUNDS).level == 16
     assert recommend([*points, replace(candidate, goodput=7.8)], BOUNDS).level != 16
+
+
+def test_where_the_limit_changes_the_pace_at_the_edge_is_not_taken():
+    """297 was just not refused, which is luck; 294 a little slower."""
+    changing = [replace(p, rate=rate(500, 100.0, slowest=3.0, fastest=7.0)) for p in REFUSED]
+    paced = [point(10, pace / 60, requests_per_minute=pace, error=0.002) for pace in (270.0, 294.0, 297.0)]
+    assert recommend([point(4, 4.0), *changing, *paced], BOUNDS).requests_per_minute == 294
+    assert recommend([point(4, 4.0), *changing, paced[-1]], BOUNDS).requests_per_minute == 297, "there is no other"
+    assert recommend([point(4, 4.0), *REFUSED, *paced], BOUNDS).requests_per_minute == 297, "it does not change"

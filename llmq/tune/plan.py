@@ -19,6 +19,7 @@ from llmq.tune.guard import Extra
 from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
 from llmq.tune.standing import (
+    A_LITTLE_SLOWER,
     ATTEMPTS_TO_PROVE,
     PACE_SHARE,
     Bounds,
@@ -142,7 +143,8 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
 
 def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: float, *, by_tokens: bool) -> float | None:
     """Requests a minute to try next, None: found. Just below the rate; then below what was refused; above what was
-    clean where the limit changes, so that its mean says little, or headers tell a higher one; and between."""
+    clean where the limit changes, so that its mean says little, or headers tell a higher one; and between. What
+    was found so is at the edge, so a little slower last."""
     if not paced:
         return PACE_SHARE * 60 * rate.per_second
     calls_per_token = rate.admitted / rate.tokens if by_tokens else 0.0
@@ -169,9 +171,11 @@ def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: flo
         below = [60 * PACE_SHARE * found for found in [*own, rate.slowest] if found is not None]
         found = max([p for p in below if p < 0.97 * pace(slowest)], default=0.9 * pace(slowest))
         return found if found > _SLOWEST_PACE * 60 * rate.per_second else None
-    if pace(slowest) <= _CLOSE_PACES * fastest:
-        return None
-    return math.sqrt(fastest * pace(slowest))
+    if pace(slowest) > _CLOSE_PACES * fastest:
+        return math.sqrt(fastest * pace(slowest))
+    if changes(rate) and not any(0.985 * fastest < pace(p) < A_LITTLE_SLOWER * fastest for p in clean):
+        return PACE_SHARE * fastest
+    return None
 
 
 def _lower(points: Sequence[Point]) -> Step | None:
