@@ -198,3 +198,9 @@ def test_at_one_pace_fewer_calls_at_once_are_not_refused_more():
     slower = point(4, 4.0, requests_per_minute=240.0, refused=25)
     shares = {p.level: p.share_429 for p in judged([point(2, 2.0), lower, higher, slower])}
     assert shares == {2: 0.0, 4: 0.025, 8: 0.002, 16: 0.002}
+
+
+def test_the_window_for_drift_changes_no_limit():
+    known = [point(4, 4.0), point(8, 5.0, refused=300, rate=rate(500, 100.0))]
+    drifting = point(4, 2.0, refused=500, rate=rate(200, 100.0, slowest=1.0, fastest=8.0), purpose="drift")
+    assert limit_found([*known, drifting]) == limit_found(known)

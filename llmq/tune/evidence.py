@@ -171,8 +171,11 @@ class Limit:
 
 
 def limit_found(points: Iterable[Point]) -> Limit | None:
-    """What the refusals of a sweep are about; None where there are none, or too few to say."""
-    points = list(points)
+    """What the refusals of a sweep are about; None where there are none, or too few to say.
+
+    Without the window for drift: it comes when all is decided.
+    """
+    points = [p for p in points if p.purpose != "drift"]
     groups = [p for p in _pooled(points) if p.limited_by != "client"]
     if not any(p.refused for p in groups):  # a busy client is refused, too
         groups = _pooled(points)
