@@ -204,3 +204,16 @@ def test_the_window_for_drift_changes_no_limit():
     known = [point(4, 4.0), point(8, 5.0, refused=300, rate=rate(500, 100.0))]
     drifting = point(4, 2.0, refused=500, rate=rate(200, 100.0, slowest=1.0, fastest=8.0), purpose="drift")
     assert limit_found([*known, drifting]) == limit_found(known)
+
+
+def test_a_rate_changes_where_a_window_that_was_kept_full_is_unsteady():
+    """A steady limit lets in what it lets in, to a few per cent."""
+    steady = point(16, 5.0, refused=300, rate=rate(500, 100.0), error=0.02)
+    unsteady = point(32, 5.0, refused=300, rate=rate(500, 100.0), error=0.08)
+    assert not limit_found([point(4, 4.0), steady]).changes
+    assert limit_found([point(4, 4.0), steady, unsteady]).changes
+    few = dataclasses.replace(unsteady, attempts=400, refused=120)
+    hardly = point(8, 5.0, refused=50, error=0.08)
+    assert not limit_found([point(4, 4.0), steady, few, hardly]).changes
+    apart = point(32, 5.0, refused=300, rate=rate(500, 100.0, slowest=3.0, fastest=7.0))
+    assert limit_found([point(4, 4.0), apart]).changes

@@ -227,7 +227,7 @@ def test_without_a_pace_that_was_measured_the_clean_level_is_the_answer():
 
 def test_a_rate_that_changes_is_told():
     changing = [point(8, 5.0, refused=300, rate=rate(500, 100.0, slowest=2.0, fastest=8.0))]
-    assert "It changes, between 2 and 8 calls/s" in recommend([point(4, 4.0), *changing], BOUNDS).reason
+    assert "It changes: 2 to 8 calls/s" in recommend([point(4, 4.0), *changing], BOUNDS).reason
     assert "changes" not in recommend([point(4, 4.0), *REFUSED], BOUNDS).reason
 
 

@@ -18,6 +18,10 @@ CALLS_FOR_A_RATE = 20
 _MOST_AT_RANDOM = 0.25
 _HARD_PRESSED = 0.5
 _CONFIRMED = 0.1
+_CHANGING = 0.75
+_UNSTEADY = 0.05
+_CALLS_TO_BE_STEADY = 500
+_CLEARLY_REFUSED = 0.1
 
 
 def judged(points: Iterable[Point]) -> list[Point]:
@@ -162,12 +166,15 @@ def _over(point: Point, rate: RateSeen | None) -> float:
 class Limit:
     """What the provider's refusals are about. `kind`: requests, tokens, unknown (a rate), concurrency, or random, whose
     share does not depend on the level. `rate` of the first three, `most` in flight of the fourth.
+
+    `changes`: the rate is not the same all the time, so that its mean says little.
     """
 
     kind: str
     share: float
     rate: RateSeen | None = None
     most: int | None = None
+    changes: bool = False
 
 
 def limit_found(points: Iterable[Point]) -> Limit | None:
@@ -197,7 +204,21 @@ def limit_found(points: Iterable[Point]) -> Limit | None:
         return Limit("concurrency", share, most=most)
     kind = kind if kind in RATES else "unknown"
     rate = rate_found(points)
-    return Limit(kind, share, rate=None if rate is None else _as_told(rate, kind, groups))
+    if rate is None:
+        return Limit(kind, share)
+    return Limit(kind, share, rate=_as_told(rate, kind, groups), changes=_changes(rate, refused))
+
+
+def _changes(rate: RateSeen, refused: Iterable[Point]) -> bool:
+    """Whether parts of windows tell rates apart, or a window that was refused, and so was kept full, was unsteady: a
+    steady limit lets in what it lets in, to a few per cent."""
+    if rate.slowest is not None and rate.fastest is not None and rate.slowest < _CHANGING * rate.fastest:
+        return True
+    return any(
+        p.goodput_error > _UNSTEADY * p.goodput
+        for p in refused
+        if p.attempts >= _CALLS_TO_BE_STEADY and p.share_429 >= _CLEARLY_REFUSED and not p.setting.paced
+    )
 
 
 def _is_random(groups: Sequence[Point]) -> bool:

@@ -25,7 +25,6 @@ from llmq.tune.standing import (
     Bounds,
     Standing,
     calls_to_decide,
-    changes,
     in_force,
     pace_held,
     rounded_down,
@@ -127,7 +126,7 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
     by_tokens = limit.kind == "tokens" and rate.tokens > 0
     told = max((p.told_per_minute or 0.0 for p in points if p.refused_by == limit.kind), default=0.0)
     paced = [p for p in judged(points) if p.setting.paced]
-    pace = _next_pace(paced, rate, bounds, PACE_SHARE * told, by_tokens=by_tokens)
+    pace = _next_pace(paced, limit, rate, bounds, PACE_SHARE * told, by_tokens=by_tokens)
     if pace is None:
         return None
     in_flight = pace / 60 * _service_seconds(points)
@@ -138,10 +137,12 @@ def _for_the_pace(points: Sequence[Point], limit: Limit, order: Sequence[int], b
         setting = Setting(level, requests_per_minute=rounded_down(pace))
     if any(p.setting == setting for p in points):
         return None
-    return Step(setting, "between", 3.0 if changes(rate) else 1.0, calls=ATTEMPTS_TO_PROVE, extra=True)
+    return Step(setting, "between", 3.0 if limit.changes else 1.0, calls=ATTEMPTS_TO_PROVE, extra=True)
 
 
-def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: float, *, by_tokens: bool) -> float | None:
+def _next_pace(
+    paced: Sequence[Point], limit: Limit, rate: RateSeen, bounds: Bounds, told: float, *, by_tokens: bool
+) -> float | None:
     """Requests a minute to try next, None: found. Just below the rate; then below what was refused; above what was
     clean where the limit changes, so that its mean says little, or headers tell a higher one; and between. What
     was found so is at the edge, so a little slower last."""
@@ -161,7 +162,7 @@ def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: flo
         return None
     if not above:
         told *= calls_per_token if by_tokens else 1.0
-        if changes(rate):
+        if limit.changes:
             return _FASTER * fastest
         return told if told > _FASTER * fastest else None
     slowest = min(above, key=pace)
@@ -173,7 +174,7 @@ def _next_pace(paced: Sequence[Point], rate: RateSeen, bounds: Bounds, told: flo
         return found if found > _SLOWEST_PACE * 60 * rate.per_second else None
     if pace(slowest) > _CLOSE_PACES * fastest:
         return math.sqrt(fastest * pace(slowest))
-    if changes(rate) and not any(0.985 * fastest < pace(p) < A_LITTLE_SLOWER * fastest for p in clean):
+    if limit.changes and not any(0.985 * fastest < pace(p) < A_LITTLE_SLOWER * fastest for p in clean):
         return PACE_SHARE * fastest
     return None
 
@@ -231,7 +232,7 @@ def _downwards(points: Sequence[Point], found: Standing, limit: Limit | None, ex
     if extra.seconds * chosen.attempt_rate < ATTEMPTS_TO_PROVE:
         return None
     level = floor + max(1, (chosen.level - floor) // 3)
-    windows = 3.0 if limit is not None and limit.rate is not None and changes(limit.rate) else 1.0
+    windows = 3.0 if limit is not None and limit.changes else 1.0
     return Step(replace(chosen.setting, level=level), "between", windows, calls=ATTEMPTS_TO_PROVE, extra=True)
 
 

@@ -22,7 +22,6 @@ from llmq.tune.standing import (
     Standing,
     bounded_p95,
     calls_to_decide,
-    changes,
     in_force,
     level_interval,
     rounded_down,
@@ -172,8 +171,9 @@ def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple
             text += f" or {rate.tokens / rate.seconds * 60:.3g} tokens/min"
         how = "as its headers say and" if rate.told else "by"
         text += f" ({how} {rate.admitted} calls let in between refusals): {_refused_at(worst)}."
-        if changes(rate):
-            text += f" It changes, between {rate.slowest:.3g} and {rate.fastest:.3g} calls/s."
+        if limit.changes:
+            slowest, fastest = rate.slowest or rate.per_second, rate.fastest or rate.per_second
+            text += f" It changes: {slowest:.3g} to {fastest:.3g} calls/s were seen."
         return limit.kind, text
     if chosen.offered_rate is not None and chosen.goodput >= _IN_PROPORTION * chosen.offered_rate:
         return "arrivals", f"All that arrives is served: {chosen.offered_rate:.3g} calls/s arrive."

@@ -21,7 +21,6 @@ import numpy as np
 
 from llmq.errors import ConfigError
 from llmq.tune.evidence import judged, limit_found
-from llmq.tune.limits import RateSeen
 from llmq.tune.point import Point
 from llmq.tune.statistics import SURE
 
@@ -35,7 +34,6 @@ ATTEMPTS_TO_PROVE = 400
 DRAWS = 2000
 A_LITTLE_SLOWER = 0.995
 _RATE_ERROR = 0.005
-_CHANGING = 0.75
 _FAR_LESS_CERTAIN = 3.0
 _TOO_WIDE = 0.2
 _Z_SQUARED = 1.96**2
@@ -210,7 +208,7 @@ def standing(points: Iterable[Point], bounds: Bounds) -> Standing:
         if paced:
             paced = [p for p in paced if pace_held(p, paced)] or paced
             proven = [p for p in paced if bounds.unproven_by(p) is None] or paced
-            fastest = max(_off_the_edge(proven) if changes(limit.rate) else proven, key=_pace_of)
+            fastest = max(_off_the_edge(proven) if limit.changes else proven, key=_pace_of)
             pool = [p for p in paced if _pace_of(p) == _pace_of(fastest)]
             return Standing(tuple(pool), (GOOD_ENOUGH + _RATE_ERROR) / PACE_SHARE, bounds)
     return Standing(tuple(p for p in feasible if not p.setting.paced), GOOD_ENOUGH, bounds)
@@ -239,11 +237,6 @@ def pace_held(point: Point, paced: Iterable[Point]) -> bool:
     if highest.tokens_per_minute is not None and highest.tokens_per_second is not None:
         return 60 * highest.tokens_per_second >= _HELD * highest.tokens_per_minute
     return True
-
-
-def changes(rate: RateSeen) -> bool:
-    """Whether a limit is not the same all the time, so that its mean says little."""
-    return rate.slowest is not None and rate.fastest is not None and rate.slowest < _CHANGING * rate.fastest
 
 
 def rounded_down(pace: float) -> float:
