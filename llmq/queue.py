@@ -27,10 +27,11 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from llmq import waiters
 from llmq.alarms import Alarm, new_alarm
+from llmq.cards import statistics_card
 from llmq.changes import Change, ChangeKind, Changes
 from llmq.core import (
     NO_META,
@@ -78,6 +79,8 @@ LOOKS_FOR_RETRIES = 50
 
 MAX_RECORDS = 100_000
 """Operations, and attempts, that `records()` keeps."""
+
+QueueState = Literal["open", "paused", "draining", "closed"]
 
 _GIVE_UP = (None, Verdict(Kind.CALLER))
 _ROUNDING_SECONDS = 1e-6
@@ -195,6 +198,14 @@ class LLMQueue:
     def max_concurrency(self) -> int:
         """The cap in force."""
         return self._scheduler.limit
+
+    @property
+    def state(self) -> QueueState:
+        """`open`; `paused`; `draining`: refuses new calls, from `drain` to `resume`; `closed`: for good."""
+        refusing = self._scheduler.refusing
+        if refusing is not None:
+            return "closed" if refusing is Drop.CLOSED else "draining"
+        return "paused" if self._scheduler.paused else "open"
 
     @property
     def policy(self) -> Policy:
@@ -482,6 +493,19 @@ class LLMQueue:
         """The newest operations and attempts, at most `max_records` of each, oldest first."""
         self._bury_orphans()
         return self._records.snapshot()
+
+    def records_since(self, mark: object = None, *, most: int = 10_000) -> tuple[Records, object]:
+        """What ended since the call that returned `mark`, of the newest `most` records; and the next mark.
+
+        For who looks again and again: it costs as much as is new. Operations and attempts count as records each.
+        """
+        self._bury_orphans()
+        return self._records.since(mark, most)
+
+    def _repr_html_(self) -> str:
+        why = self.explain()
+        more = [("state", self.state), *([] if why == "nothing waits" else [("the oldest waiter", why)])]
+        return statistics_card(self.statistics(), "LLMQueue", more)
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -78,9 +78,9 @@ PUBLIC = [
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "core"},
+    {"errors", "core", "pages", "cards"},
     {"waiters"},
-    {"records", "virtual", "alarms", "changes", "dialects", "summary", "pages"},
+    {"records", "virtual", "alarms", "changes", "dialects", "summary"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},
     {"settings", "items", "refusals", "unqueued"},
     {"queue", "operations", "wire"},
@@ -88,6 +88,7 @@ LAYERS = [
     {"pipeline"},
     {"generators"},
     {"tune"},
+    {"notebook"},
     {"doctor", "testing"},
     {"cli"},
     {"__main__"},

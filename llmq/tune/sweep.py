@@ -149,6 +149,11 @@ class Sweep:
 
         return text_table(self)
 
+    def _repr_html_(self) -> str:
+        from llmq.tune.cards import sweep_card
+
+        return sweep_card(self)
+
     def by_level(self) -> list[Point]:
         """All windows in order of pace, level and time."""
         return sorted(self.points, key=lambda p: (p.setting.paced, p.level, p.order))
