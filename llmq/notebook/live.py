@@ -2,13 +2,13 @@
 
 - A daemon thread of its own reads the queue and sets the widgets' values, so the panel lives on where a cell blocks its
   loop, and after the loop has ended. ipykernel sends the messages of all threads from one, so this is safe.
-- What has not changed is not sent (traitlets compares). The thread takes at most a twentieth of the time: the longer a look at the queue
-  takes, the longer it waits until the next.
+- What has not changed is not sent: traitlets compares. The thread takes at most a twentieth of the time: the longer a
+  look at the queue takes, the longer it waits until the next.
 - The reader's hand and the panel's thread may both move the slider, so both take the panel's lock. The thread moves it
   only where the queue's limit has changed since it was last shown, and its own moves are not taken for the reader's.
-- JupyterLab (4.4 and later, with ipykernel 7) delivers clicks in a thread of their own, also while a cell runs. Other
-  front ends deliver them when the cell has ended: there, start the pipeline with `asyncio.create_task` and let the cell
-  end.
+- ipykernel 7.4 delivers clicks while a cell awaits, and those made while a cell blocks when it has ended (measured).
+  Older kernels deliver all of them when the cell has ended; there, start the pipeline with `asyncio.create_task` and
+  let the cell end. With subshells, clicks may come in any thread.
 - The queue is held weakly. The panel and its thread end with `close()`, a later panel of the same queue, the last
   call of a closed queue, or the collection of the queue.
 - An open panel is displayed as a widget together with a static table. At its end the display is replaced by that table
