@@ -24,7 +24,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from sys import _getframe
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -56,6 +56,7 @@ from llmq.items import ItemRun
 from llmq.ledger import Ledger
 from llmq.logs import tell, tell_of_budget
 from llmq.operations import Operation, Retried, Slot, Try
+from llmq.progress import Bar, Progress, size_of
 from llmq.records import AttemptRecord, RecordBuffer, Records
 from llmq.refusals import Refusals
 from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
@@ -295,23 +296,28 @@ class LLMQueue:
         meta: LLMTaskMeta | Callable[[T], LLMTaskMeta] | None = None,
         ordered: bool = False,
         retry: Retry | None = None,
+        progress: bool = False,
     ) -> ItemRun[T, R]:
         """`call(item)` for each item, pulled as slots free up; an outcome each, with `.result` or `.error`.
 
         `async with queue.map(...) as outcomes: async for outcome in outcomes: ...`; on asyncio also plain
         `async for`. `items` may be lazy, asynchronous or endless. `ordered` keeps the order of the items. Calls share
-        a few tasks, so a context variable that one sets may be seen by a later one.
+        a few tasks, so a context variable that one sets may be seen by a later one. `progress` shows a bar, in a
+        terminal, a notebook or a log (`llmq.progress`).
         """
+        bar = Bar("calls", size_of(items))
+        shown = Progress([bar]) if progress else None
 
         async def run_one(_index: int, item: T) -> R:
             def start() -> Awaitable[R]:
                 run.grow()
-                return call(item)
+                return call(item) if shown is None else bar.attempt(call(item))
 
-            return await self.submit(start, meta=meta(item) if callable(meta) else meta, retry=retry)
+            with nullcontext() if shown is None else shown.counted(bar):
+                return await self.submit(start, meta=meta(item) if callable(meta) else meta, retry=retry)
 
         # One item more than there are slots: the one that waits finds out at once when the queue has grown.
-        run = ItemRun(run_one, items, lambda: self._scheduler.limit + 1, ordered=ordered)
+        run = ItemRun(run_one, items, lambda: self._scheduler.limit + 1, ordered=ordered, progress=shown)
         return run
 
     def submit_sync(self, fn: Callable[..., T], *args: object, meta: LLMTaskMeta | None = None) -> T:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmq.errors import ConfigError
 from llmq.ledger import Price
 from llmq.pipeline import Pipeline
+from llmq.progress import sweep_progress
 from llmq.records import Records
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv
@@ -220,6 +221,7 @@ async def sweep(
     counted.
     Raises what the call raises if nothing but errors of its own comes back, `ProviderError` if no call succeeds, and
     `ConfigError` for what cannot be measured.
+    `on_progress` hears before and after each window; by default a bar is shown (`llmq.progress`).
     """
     settings = RuntimeEnv.instance().settings
     order = _checked_levels(DEFAULT_LEVELS if levels is None else levels)
@@ -256,13 +258,12 @@ async def sweep(
         prices=settings.prices if prices is None else prices,
     )
     random.Random(seed).shuffle(order)
-    work = _Work(
-        result, order, make_runner, store, on_plan, on_progress or print_progress, virtual=virtual, refine=refine
-    )
-    if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
-        await _in_virtual_time(work.run)
-    else:
-        await work.run()
+    with sweep_progress(on_progress, at_once=on_plan is None) as report:
+        work = _Work(result, order, make_runner, store, on_plan, report, virtual=virtual, refine=refine)
+        if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
+            await _in_virtual_time(work.run)
+        else:
+            await work.run()
     return result
 
 
@@ -394,18 +395,6 @@ async def _in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
                 loop.call_soon_threadsafe(task.cancel)
         await asyncio.gather(waiting, return_exceptions=True)
         raise
-
-
-def print_progress(progress: Progress) -> None:
-    """A line for each window that has been measured."""
-    point = progress.point
-    if point is not None:
-        pace = f" ({point.setting.pace})" if point.setting.paced else ""
-        print(
-            f"[{progress.done}/{progress.total}] {point.level:>3} at once{pace}: {point.goodput:7.2f} ok/s, "
-            f"429 {point.share_429:6.1%}, p95 {point.service_p95 or float('nan'):.3g} s",
-            flush=True,
-        )
 
 
 def _checked_levels(levels: Iterable[int]) -> list[int]:
