@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llmq.tune.point import Point
-    from llmq.tune.sweep import Progress as SweepProgress
-
 R = TypeVar("R")
 
 LOOKS_PER_SECOND = 4
@@ -237,47 +234,6 @@ def _from_outside(error: BaseException) -> bool:
     return not isinstance(error, (Exception, asyncio.CancelledError)) or is_own_cancellation(error)
 
 
-@contextmanager
-def sweep_progress(
-    on_progress: Callable[[SweepProgress], None] | None, *, at_once: bool
-) -> Iterator[Callable[[SweepProgress], None]]:
-    """What a sweep reports to: `on_progress`, or else a bar of its windows, with a line for each that is measured.
-
-    The bar appears `at_once`, or with the first report.
-    """
-    if on_progress is not None:
-        yield on_progress
-        return
-    bar = Bar("warming up", rated=False, now=time.monotonic)
-    shown = Progress([bar])
-
-    def show(progress: SweepProgress) -> None:
-        bar.name = "windows" if progress.level is None else f"measuring {progress.level} at once"
-        bar.done, bar.total, bar.in_flight = progress.done, progress.total, progress.level or 0
-        if progress.point is not None:
-            bar.mark()
-            shown.note(f"[{progress.done}/{progress.total}] {point_line(progress.point)}")
-        shown.start()
-        shown.changed()
-
-    if at_once:
-        shown.start()
-    try:
-        yield show
-    except BaseException:
-        shown.stop(complete=False)
-        raise
-    bar.name = "windows"
-    shown.stop(complete=True)
-
-
-def point_line(point: Point) -> str:
-    """What a window has brought, on a line."""
-    pace = f" ({point.setting.pace})" if point.setting.paced else ""
-    p95 = "" if point.service_p95 is None else f", p95 {point.service_p95:.3g} s"
-    return f"{point.level:>3} at once{pace}: {point.goodput:7.2f} ok/s, 429 {point.share_429:6.1%}{p95}"
-
-
 class _View(Protocol):
     def changed(self) -> None: ...
     def note(self, line: str) -> None: ...
@@ -295,7 +251,7 @@ def new_console() -> Console:
     """Where bars and lines go that are in no notebook."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, markup=False)
+    return Console(stderr=True, highlight=False, markup=False, force_jupyter=False)
 
 
 def in_notebook() -> bool:
@@ -390,7 +346,7 @@ def bars_html(bars: Sequence[Bar], status: str = "", notes: Sequence[str] = ()) 
 
 
 class _Lines:
-    """For logs. A note is a line at once; the bars now and then, and nothing twice."""
+    """For logs. A note is a line at once, the bars now and then, and at the end if anything has ended."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
@@ -407,5 +363,5 @@ class _Lines:
         self._console.print(line, soft_wrap=True)
 
     def stop(self) -> None:
-        if self._progress.line() != self._printed:
+        if any(bar.ended for bar in self._progress.bars.values()) and self._progress.line() != self._printed:
             self.note(self._progress.line())

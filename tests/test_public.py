@@ -82,6 +82,7 @@ LAYERS = [
     {"waiters"},
     {"records", "virtual", "alarms", "changes", "dialects", "summary"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},
+    {"progress"},
     {"settings", "items", "refusals", "unqueued"},
     {"queue", "operations", "wire"},
     {"runtime"},

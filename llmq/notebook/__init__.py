@@ -1,4 +1,5 @@
-"""Widgets for Jupyter: `panel(queue)` to watch and steer a queue.
+"""Widgets for Jupyter: `panel(queue)` to watch and steer a queue, `explorer(call_or_pipeline, items)` to measure by a
+button.
 
 Importing this needs neither ipywidgets nor IPython.
 """
@@ -7,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmq.notebook.exploring import explorer
     from llmq.notebook.live import panel
 
-_HOME = {"panel": "llmq.notebook.live", "explorer": "llmq.notebook.explorer"}
+_HOME = {"explorer": "llmq.notebook.exploring", "panel": "llmq.notebook.live"}
 
-__all__ = ["panel"]
+__all__ = ["explorer", "panel"]
 
 
 def __getattr__(name: str) -> object:

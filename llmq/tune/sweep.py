@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmq.errors import ConfigError
 from llmq.ledger import Price
 from llmq.pipeline import Pipeline
-from llmq.progress import sweep_progress
 from llmq.records import Records
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv
@@ -36,6 +35,7 @@ from llmq.tune.recommend import OperatingPoint, recommend
 from llmq.tune.runner import Load, Runner
 from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
+from llmq.tune.sweep_bar import sweep_progress
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
 
