@@ -182,7 +182,9 @@ def benchmarks_table(path: str | Path) -> str:
 def as_text(shown: Table) -> str:
     """A table as plain text."""
     file = io.StringIO()
-    Console(file=file, width=140, color_system=None, markup=False).print(shown)  # names have brackets
+    Console(file=file, width=140, color_system=None, markup=False, force_jupyter=False).print(
+        shown
+    )  # names have brackets
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip()) + "\n"
 
 
