@@ -10,7 +10,7 @@ EXTRAS := all,test,bench
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
 DEMO := --seconds 2 --simulate latency_seconds=0.2 --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
-.PHONY: tune test acceptance coverage receivers mutants bench bench-tables bench-readme soak pace judge notebooks lint clean
+.PHONY: tune test acceptance coverage receivers mutants bench bench-tables bench-readme soak pace judge notebooks docs lint clean
 .DEFAULT_GOAL := tune
 
 tune: $(READY)
@@ -61,6 +61,11 @@ judge: $(READY)
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
 
+# The site, into out/docs/; it is not in $(READY), since nothing else needs what it needs.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
+	@echo "Open out/docs/index.html, or with its search: python3 -m http.server --directory out/docs"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +80,14 @@ $(READY): pyproject.toml
 	else \
 	  $(PYTHON) -m venv $(VENV) && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; \
+	fi
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv pip install --quiet --python $(BIN)/python -e '.[docs]'; \
+	else \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'; \
 	fi
 	@touch $@
 
