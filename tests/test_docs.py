@@ -104,11 +104,11 @@ class Given:
 
     @staticmethod
     def ask(names):
-        """`await ask(prompt)`: a call to a provider that allows 1,200 requests a minute."""
+        """`await ask(prompt)`: a call to a provider that takes 4 at once."""
         from llmq.providers.chat import ChatRequest
         from llmq.testing import ProviderSpec, SimulatedProvider
 
-        spec = ProviderSpec(latency_seconds=0.2, requests_per_minute=1200, bucket_seconds=1, refusal_seconds=0.2)
+        spec = ProviderSpec(latency_seconds=0.2, max_concurrency=4, refusal_seconds=0.2)
         provider = SimulatedProvider(spec)
 
         async def ask(prompt):
