@@ -63,7 +63,7 @@ notebooks: $(READY)
 
 # The site, into out/docs/; it is not in $(READY), since nothing else needs what it needs.
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
 	@echo "Open out/docs/index.html, or with its search: python3 -m http.server --directory out/docs"
 
 lint: $(READY)
