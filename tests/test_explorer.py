@@ -62,7 +62,7 @@ def test_nothing_is_called_before_the_button_and_then_it_ends_in_the_operating_p
         await asyncio.sleep(0)
         assert ask.calls == 0
         assert found.sweep is None
-        assert "If a call takes 1 s: about" in found._said.value
+        assert "If a call takes 1 s: up to about" in found._said.value
         assert "the simulated one" in found._repr_html_()
         field(found, "Measure").click()
         assert found._measure_button.disabled
