@@ -75,7 +75,7 @@ def test_nothing_is_called_before_the_button_and_then_it_ends_in_the_operating_p
     assert {point.level for point in found.sweep.points} == {2, 4}
     assert found.error is None
     assert found._progress.value == found._progress.max == len(found.sweep.points)
-    assert "this will use about" in found._said.value
+    assert "this will use up to about" in found._said.value
     assert "tokens" in found._said.value
     assert found._status.value == "Done."
     assert "Recommended: 4 calls at once" in found._picture.value
