@@ -58,8 +58,10 @@ pace: $(READY)
 judge: $(READY)
 	$(BIN)/python benchmarks/judge.py
 
+# Runs every notebook and writes its .ipynb, then 01 and 02 with half the limit; `make test` runs the cheap ones.
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
+	$(BIN)/python -m pytest -m notebooks tests/test_notebook_limits.py
 
 # The site, into out/docs/; it is not in $(READY), since nothing else needs what it needs.
 docs: $(VENV)/.docs
