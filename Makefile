@@ -18,7 +18,8 @@ tune: $(READY)
 	$(BIN)/llmq tune --out $(OUT) $(DEMO)
 
 test: $(READY) receivers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark -m "not alone and not acceptance and not notebooks"
+	$(BIN)/python -m pytest -m "alone and not acceptance and not notebooks"
 
 # Minutes of real time over HTTP, for a quiet machine: virtual equals real, what-if, and tune against llmock.
 acceptance: $(READY)

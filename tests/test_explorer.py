@@ -321,6 +321,7 @@ found
 
 
 @pytest.mark.filterwarnings("default")  # Jupyter's own start-up on Python 3.11 leaves warnings that are not ours
+@pytest.mark.alone
 def test_in_a_kernel_a_click_of_the_front_end_measures_and_nothing_is_requested_before(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))

@@ -34,6 +34,7 @@ def _quiet_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("source", RUNS)
 # Jupyter's own start-up on Python 3.11 leaves warnings that are not ours to mend.
 @pytest.mark.filterwarnings("default")
@@ -86,6 +87,7 @@ print(sweep.recommend())
 """.strip()
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("default")
 def test_a_readers_own_generator_takes_15_lines_to_a_recommendation(tmp_path):
     """Three stages with the reader's own client, in a fresh kernel."""
