@@ -21,6 +21,7 @@ from llmq.queue import LLMQueue
 from llmq.retry import Retry
 from llmq.telemetry import Telemetry
 from llmq.unqueued import unqueued
+from llmq.waiters import notice_kernel
 
 if TYPE_CHECKING:
     from llmq.settings import Settings
@@ -37,6 +38,7 @@ class RuntimeEnv:
     _guard: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, settings: Settings) -> None:
+        notice_kernel()
         self.settings = settings
         self.llm_queue: LLMQueue | None = None
         if settings.llm_queue_enabled:

@@ -1,5 +1,5 @@
-"""Widgets for Jupyter: `panel(queue)` to watch and steer a queue, `explorer(call_or_pipeline, items)` to measure by a
-button.
+"""For Jupyter: `panel(queue)` to watch and steer a queue, `explorer(call_or_pipeline, items)` to measure by a button,
+`run(work)` for cells without `await`. Interrupt is seen to wherever a queue is made in a kernel.
 
 Importing this needs neither ipywidgets nor IPython.
 """
@@ -8,12 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmq.notebook.background import run
     from llmq.notebook.exploring import explorer
     from llmq.notebook.live import panel
 
-_HOME = {"explorer": "llmq.notebook.exploring", "panel": "llmq.notebook.live"}
+_HOME = {
+    "explorer": "llmq.notebook.exploring",
+    "panel": "llmq.notebook.live",
+    "run": "llmq.notebook.background",
+}
 
-__all__ = ["explorer", "panel"]
+__all__ = ["explorer", "panel", "run"]
 
 
 def __getattr__(name: str) -> object:
