@@ -52,6 +52,7 @@ from llmq.core import (
 )
 from llmq.core.policy import AGEING_SECONDS
 from llmq.errors import BudgetExceededError, OutOfQuotaError, QueueClosedError, QueueTimeout
+from llmq.interrupt import mind_interrupts
 from llmq.items import ItemRun
 from llmq.ledger import Ledger
 from llmq.logs import tell, tell_of_budget
@@ -61,7 +62,7 @@ from llmq.records import AttemptRecord, RecordBuffer, Records
 from llmq.refusals import Refusals
 from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
 from llmq.telemetry import Telemetry
-from llmq.waiters import Gone, Waiter, in_trio_run, new_waiter, notice_clock, notice_kernel, running_loop
+from llmq.waiters import Gone, Waiter, in_trio_run, new_waiter, notice_clock, running_loop
 from llmq.wire.hidden import retrying_client
 from llmq.wire.sent import enter, leave
 
@@ -169,7 +170,7 @@ class LLMQueue:
         depth = () if max_queued is None else (Depth(max_queued),)
         policy = Policy(max_concurrency, (*limits, *depth), overflow, ageing_seconds, frozenset(strict), fair_share)
         notice_clock()
-        notice_kernel()
+        mind_interrupts()
         self._classify = classify
         self._telemetry = telemetry
         self._ledger = ledger

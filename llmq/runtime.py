@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import RuntimeInUseError
+from llmq.interrupt import mind_interrupts
 from llmq.operations import Slot
 from llmq.queue import LLMQueue
 from llmq.retry import Retry
 from llmq.telemetry import Telemetry
 from llmq.unqueued import unqueued
-from llmq.waiters import notice_kernel
 
 if TYPE_CHECKING:
     from llmq.settings import Settings
@@ -38,7 +38,7 @@ class RuntimeEnv:
     _guard: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, settings: Settings) -> None:
-        notice_kernel()
+        mind_interrupts()
         self.settings = settings
         self.llm_queue: LLMQueue | None = None
         if settings.llm_queue_enabled:

@@ -228,14 +228,6 @@ def notice_clock() -> None:
         use_loop_clocks()
 
 
-def notice_kernel() -> None:
-    """See to Interrupt if this process is a notebook's kernel."""
-    if "ipykernel" in sys.modules:
-        from llmq.notebook.interrupt import mind_interrupts
-
-        mind_interrupts()
-
-
 def _mock_clock() -> Clock | None:
     """The clock of the trio run in this thread, if that is a mock."""
     testing = sys.modules.get("trio.testing")

@@ -17,13 +17,14 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 SLOTS = 4
 DEADLINE_SECONDS = 20
+MANY = 2000  # calls: more than could be made before the deadline
 
 SET_UP = f"""
 import asyncio, json
 import llmq, llmq.notebook
 from openai import AsyncOpenAI
 
-queue = llmq.LLMQueue({SLOTS})
+queue, MANY = llmq.LLMQueue({SLOTS}), {MANY}
 
 def client(url):
     return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
@@ -85,16 +86,16 @@ async for outcome in llmq.Pipeline([outline, draft]).run(range(1_000_000), open_
     done.append(outcome.unwrap())
 """,
     ),
-    "gather": (CANCELLED, "await asyncio.gather(*map(keep, range(200)))"),
+    "gather": (CANCELLED, "await asyncio.gather(*map(keep, range(MANY)))"),
     "wait, which leaves its tasks alone": (
         CANCELLED,
-        "await asyncio.wait([asyncio.create_task(keep(item)) for item in range(200)])",
+        "await asyncio.wait([asyncio.create_task(keep(item)) for item in range(MANY)])",
     ),
     "a task that starts others": (
         CANCELLED,
         """
 async def many():
-    others = [asyncio.create_task(keep(item)) for item in range(200)]
+    others = [asyncio.create_task(keep(item)) for item in range(MANY)]
 starting = asyncio.create_task(many())
 await asyncio.sleep(3600)
 """,
@@ -112,7 +113,7 @@ llmq.notebook.run(read)
         INTERRUPTED,
         """
 async def read():
-    await asyncio.wait([asyncio.create_task(keep(item)) for item in range(200)])
+    await asyncio.wait([asyncio.create_task(keep(item)) for item in range(MANY)])
 llmq.notebook.run(read())
 """,
     ),
@@ -121,7 +122,7 @@ llmq.notebook.run(read())
         """
 await asyncio.sleep(0)
 async def read():
-    await asyncio.gather(*map(keep, range(200)))
+    await asyncio.gather(*map(keep, range(MANY)))
 llmq.notebook.run(read)
 """,
     ),
@@ -192,8 +193,8 @@ def slow_provider():
 
 
 @pytest.fixture(scope="module")
-def shared_kernel(tmp_path_factory):
-    """One for all tests, since after an interrupt it is to be as it was."""
+def shared_kernel(tmp_path_factory, provider, slow_provider):
+    """One for all tests, since after an interrupt it is to be as it was. It ends before the servers."""
     folder = tmp_path_factory.mktemp("kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
@@ -279,9 +280,9 @@ async def read():
 with llmq.using(queue):
     reading = asyncio.create_task(read())
 """)
-    cell = kernel.start("print('begun', flush=True); await asyncio.sleep(3600)")
+    cell = kernel.start("await asyncio.sleep(3600)")
     before = provider.stats()["requests"]
-    until(lambda: provider.stats()["requests"] >= before + SLOTS)
+    until(lambda: provider.stats()["requests"] >= before + 4 * SLOTS)  # so that some are the cell's by time
     interrupt(kernel, cell, CANCELLED)
     before = provider.stats()["requests"]
     until(lambda: provider.stats()["requests"] >= before + 4 * SLOTS)
@@ -290,9 +291,39 @@ with llmq.using(queue):
     assert_nothing_goes_on(kernel, provider)
 
 
-def test_tasks_of_a_cell_that_was_not_interrupted_go_on(kernel, provider):
-    kernel.run("staying = asyncio.create_task(asyncio.sleep(3600))\nawait asyncio.sleep(0)")
-    assert kernel.value("staying.done()") is False
+def test_a_second_interrupt_does_not_wait_for_work_that_takes_long_to_end(kernel, provider):
+    marker = kernel.folder / "ending"
+    cell = kernel.start(f"""
+async def stubborn():
+    global loop, released
+    loop, released = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        await ask(1)
+        open({str(marker)!r} + "-begun", "w").close()
+        await asyncio.sleep(3600)
+    finally:
+        open({str(marker)!r}, "w").close()
+        await released.wait()
+llmq.notebook.run(stubborn)
+""")
+    until((kernel.folder / "ending-begun").exists)
+    kernel.interrupt()
+    until(marker.exists)
+    interrupt(kernel, cell, INTERRUPTED)
+    kernel.run("loop.call_soon_threadsafe(released.set)")
+    assert_nothing_goes_on(kernel, provider)
+
+
+def test_a_cell_that_ends_in_a_cancellation_of_its_own_was_not_interrupted(kernel, provider):
+    _, error = kernel.end(
+        kernel.start("""
+staying, gone = [asyncio.create_task(asyncio.sleep(3600)) for _ in range(2)]
+gone.cancel()
+await gone
+""")
+    )
+    assert error == CANCELLED
+    assert kernel.value("[staying.done(), gone.done()]") == [False, True]
     kernel.run("staying.cancel()")
     assert_nothing_goes_on(kernel, provider)
 

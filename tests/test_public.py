@@ -79,8 +79,8 @@ PUBLIC = [
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors", "core", "pages", "cards"},
-    {"waiters"},
-    {"records", "virtual", "alarms", "changes", "dialects", "summary"},
+    {"waiters", "started"},
+    {"records", "virtual", "alarms", "changes", "dialects", "summary", "interrupt"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},
     {"progress"},
     {"settings", "items", "refusals", "unqueued"},

@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
-from llmq.notebook.started import Started, follow
+from llmq.started import Started, follow
 from llmq.waiters import running_loop
 
 T = TypeVar("T")

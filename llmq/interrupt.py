@@ -11,7 +11,8 @@ What ipykernel does, and what is missing
 - In a cell without `await` SIGINT raises KeyboardInterrupt; `llmq.notebook.run` cancels its work then.
 
 A byte in the socket is of the cell that runs, since the kernel ignores SIGINT between cells. It is read when the cell
-ends, too: one without `await` does not let the loop run.
+ends, too: one without `await` does not let the loop run. Where somebody else has signals written elsewhere, that is
+left alone, and then nothing is cancelled here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import threading
 from asyncio import AbstractEventLoop
 from typing import Any
 
-from llmq.notebook.started import Started, follow
+from llmq.started import Started, follow
 from llmq.waiters import running_loop
 
 _BYTES = 4096
@@ -33,18 +35,23 @@ _minded: _Cells | None = None
 def mind_interrupts() -> None:
     """In a cell of a kernel: as above, from now on. Elsewhere, and the second time, nothing."""
     global _minded
-    if _minded is None and threading.current_thread() is threading.main_thread():
-        shell, loop = _kernel_shell(), running_loop()
-        if shell is not None and loop is not None:
+    if "ipykernel" not in sys.modules or _minded is not None:
+        return
+    if threading.current_thread() is threading.main_thread():
+        shell, loop = _shell(), running_loop()
+        if loop is not None and loop is _kernel_loop(shell):
             _minded = _Cells(shell, loop)
 
 
-def _kernel_shell() -> Any:
-    """The shell of the kernel that this process is, or None."""
+def _shell() -> Any:
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
-    return shell if hasattr(shell, "kernel") else None
+    return get_ipython()
+
+
+def _kernel_loop(shell: Any) -> object:
+    """The loop in which the shell runs its cells; None if it is no kernel's, or not on asyncio."""
+    return getattr(getattr(getattr(shell, "kernel", None), "io_loop", None), "asyncio_loop", None)
 
 
 class _Cells:
@@ -73,7 +80,7 @@ class _Cells:
             while signals := self._heard.recv(_BYTES):
                 self._interrupted = self._interrupted or signal.SIGINT in signals
 
-    def _end(self, result: Any) -> None:
+    def _end(self, _: object) -> None:
         self._hear()
         if self._interrupted:
             self._started.cancel()
