@@ -7,6 +7,7 @@ knows no HTML.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from llmq.pages import html_text
@@ -45,6 +46,11 @@ def data_table(head: Row, rows: Iterable[Row]) -> str:
     )
     more = paragraph(f"and {len(rows) - MOST_ROWS} more") if len(rows) > MOST_ROWS else ""
     return f"{_TABLE}<tr>{top}</tr>{body}</table>{more}"
+
+
+def code(text: str) -> str:
+    """Lines to be copied."""
+    return f'<pre style="margin:.25em 0">{escape(text)}</pre>'
 
 
 def paragraph(text: str) -> str:

@@ -14,6 +14,8 @@ from selenium.webdriver.common.keys import Keys
 from llmq.testing import serve_provider
 from tests.lab import ROOT, Notebook, chromium, jupyter_lab, wait_until
 
+pytestmark = pytest.mark.alone
+
 QUICKSTART = "00_quickstart.ipynb"
 
 OWN_CLIENT = "client = AsyncOpenAI(base_url={url!r}, api_key='none-needed', max_retries=0)"
@@ -121,6 +123,7 @@ def test_the_explorer_calls_nothing_before_its_button_and_ends_in_the_operating_
         assert "llm_queue_concurrency" in cell.text
         assert provider.stats()["peak_in_flight"] == 4
         quickstart.find(".widget-html", "Done.", cell)
+        quickstart.find(".widget-html", "calls at once", cell)
         quickstart.screenshot("lab-explorer", quickstart.output(cell))
 
 

@@ -100,6 +100,8 @@ def test_the_views_are_of_measured_levels_only():
     found = run(main)
     choice = field(found, "measured")
     assert [label for label, _ in choice.options] == ["2 at once", "4 at once"]
+    assert choice.value == 0
+    assert "<td>2 calls at once</td>" in found._figures.value, "something is shown before anything is chosen"
     for number, level in ((1, 4), (0, 2)):
         choice.value = number
         assert f"<td>{level} calls at once</td>" in found._figures.value

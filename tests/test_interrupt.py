@@ -13,7 +13,7 @@ from llmq.notebook import run
 from llmq.testing import serve_provider
 
 # Jupyter's own start-up on Python 3.11 leaves warnings that are not ours to mend.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.alone]
 
 SLOTS = 4
 DEADLINE_SECONDS = 20

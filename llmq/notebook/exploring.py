@@ -170,6 +170,7 @@ class Explorer:
 
         def text(name: str, label: str, hint: str, width: str = "14em") -> Any:
             made = w.Text(self._form[name], description=label, placeholder=hint, layout=w.Layout(width=width))
+            made.style.description_width = "initial"
             made.observe(lambda change: self._filled_in(name, change["new"]), "value")
             return made
 
@@ -336,6 +337,7 @@ class Explorer:
             judged = found.judged()
             self._choice.options = [(f"{short(point.setting)} at once", n) for n, point in enumerate(judged)]
             self._choice.disabled, self._choice.layout.display = False, None
+            self._choice.index = 0  # a Dropdown made without options has none chosen when it gets some
             self._chosen(self._choice.value)
         if self.sweep is not None and self.sweep.stopped is None:
             self._progress.max = self._progress.value = max(1, len(self.sweep.points))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmq.cards import card, data_table, fact_table, paragraph
+from llmq.cards import card, code, data_table, fact_table, paragraph
 from llmq.tune.report import FEW_CALLS, HEAD, rows
 
 if TYPE_CHECKING:
@@ -31,13 +31,12 @@ def point_card(point: OperatingPoint) -> str:
         ("95 % interval of the level", _levels(point.level_low, point.level_high)),
         ("confidence", "" if point.confidence is None else f"{point.confidence:.0%}"),
     ]
-    settings = [(name, str(value).lower()) for name, value in point.settings.items()]
     return card(
         _answer(point),
         paragraph(point.reason),
         fact_table((name, value) for name, value in facts if value) if point.level is not None else "",
         *map(paragraph, (*filter(None, [point.waste]), *point.notes, *point.next_steps)),
-        paragraph("To put it in force: sweep.apply(), or") + fact_table(settings) if settings else "",
+        paragraph("To put it in force: sweep.apply(), or in config/app.yaml") + code(point.yaml) if point.yaml else "",
     )
 
 
