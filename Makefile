@@ -9,7 +9,7 @@ BROWSER_READY := $(VENV)/.browser-ready
 EXTRAS := all,test,bench
 
 # A fast provider: 0.2 s a call, 80 calls a second; so about 16 calls at once are right.
-DEMO := --seconds 1.5 --levels "2 4 8 16 32 64" --simulate latency_seconds=0.2 \
+DEMO := --seconds 1 --levels "2 4 8 16 32 64" --simulate latency_seconds=0.2 \
   --simulate requests_per_minute=4800 --simulate bucket_seconds=2
 
 .PHONY: tune test browser test-browser acceptance coverage receivers mutants bench bench-tables bench-readme soak pace judge
