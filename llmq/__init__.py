@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmq import notebook
     from llmq.changes import Change, Changes
     from llmq.core import (
         Cap,
@@ -120,6 +121,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name == "notebook":
+        return import_module("llmq.notebook")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'llmq' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

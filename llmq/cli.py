@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llmq.doctor import examine, narrower_than_off
 from llmq.errors import ConfigError, LLMQError
 from llmq.generators.plateaus import CALLS_PER_SERVICE, ServiceItem, plateau_pipeline
 from llmq.generators.run import RunReport, run_services
 from llmq.generators.services import Service, read_catalogues, read_services, repeated, sample_services
+from llmq.progress import Bar, Progress
 from llmq.providers.chat import ChatClient
 from llmq.providers.open import open_client
 from llmq.providers.spec import ProviderSpec
@@ -125,6 +125,7 @@ def tune(
         items = read_services(services) if services else sample_services()
         target = "single calls" if single_calls else "plateau pipeline"
         read_catalogues(settings.catalogues_dir)
+        from llmq.tune.dry_run import guess
         from llmq.tune.guard import Caps, Stopped
 
         caps = Caps(max_calls, max_tokens, max_cost, max_minutes)
@@ -135,7 +136,7 @@ def tune(
             what = f"{target}, {len(items)} services over and over"
             how = f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
             _say_plan(settings, what, how)
-            typer.echo(_guess(wanted, seconds, calls))
+            typer.echo(guess(wanted, seconds, calls))
             return
         from llmq.tune.sweep import Sweep, sweep
         from llmq.tune.verify import Verification
@@ -149,24 +150,22 @@ def tune(
         async def tuned() -> tuple[Sweep, Verification | str | None]:
             async with _tuned_client(settings, in_process or virtual) as (client, where):
                 pipeline = _pipeline(client, settings, single_calls)
-                with _sweep_progress() as on_progress:
-                    found = await sweep(
-                        _one_call(pipeline) if arrivals is not None and single_calls else pipeline,
-                        _items(items, settings),
-                        wanted,
-                        virtual=virtual,
-                        seconds=seconds,
-                        calls=calls,
-                        arrivals=arrivals,
-                        slo_p95=slo_p95,
-                        max_429_ratio=max_429_ratio,
-                        caps=caps,
-                        on_plan=None if not paid else _asks if at_terminal and not yes else _tells,
-                        out=out,
-                        resume=resume,
-                        title=f"{target} against {where}",
-                        on_progress=on_progress,
-                    )
+                found = await sweep(
+                    _one_call(pipeline) if arrivals is not None and single_calls else pipeline,
+                    _items(items, settings),
+                    wanted,
+                    virtual=virtual,
+                    seconds=seconds,
+                    calls=calls,
+                    arrivals=arrivals,
+                    slo_p95=slo_p95,
+                    max_429_ratio=max_429_ratio,
+                    caps=caps,
+                    on_plan=None if not paid else _asks if at_terminal and not yes else _tells,
+                    out=out,
+                    resume=resume,
+                    title=f"{target} against {where}",
+                )
                 _show_sweep(found, out)  # whatever becomes of its verification
                 setting = found.recommend().setting
                 if not verify or setting is None:
@@ -503,24 +502,6 @@ def _window(seconds: float | None, calls: int | None) -> str:
     return " and ".join([*parts, *([f"{calls} calls"] if calls is not None else [])])
 
 
-def _guess(levels: list[int], seconds: float | None, calls: int | None) -> str:
-    """What a sweep might use; nothing has been called yet."""
-    from llmq.tune.guard import predict
-    from llmq.tune.runner import Load
-
-    load = Load(seconds, calls)
-    lines = [
-        f"If a call takes {service:g} s: "
-        + str(
-            predict(
-                levels, service_seconds=service, window_seconds=load.window_seconds(service), window_calls=calls or 0
-            )
-        )
-        for service in (1.0, 5.0)
-    ]
-    return "\n".join([*lines, "After the first few calls it is said anew, with tokens and cost."])
-
-
 def _asks(prediction: Any) -> bool:
     """The cost guard, at a terminal."""
     return typer.confirm(f"This will use {prediction}. Go on?", err=True)
@@ -674,49 +655,13 @@ def _items(services: list[Service], settings: Settings) -> Iterator[ServiceItem]
 
 
 @contextmanager
-def _bar() -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not err_console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err_console, transient=True) as bar:
-        yield bar
-
-
-@contextmanager
-def _sweep_progress() -> Iterator[Callable[[Any], None]]:
-    from llmq.tune.sweep import print_progress
-
-    with _bar() as bar:
-        if bar is None:
-            yield print_progress
-            return
-        task = bar.add_task("warming up", total=None)
-
-        def show(progress: Any) -> None:
-            description = "done" if progress.level is None else f"measuring {progress.level} at once"
-            bar.update(task, description=description, completed=progress.done, total=progress.total)
-            if progress.point is not None:
-                point = progress.point
-                bar.console.print(
-                    f"{point.level:>4} at once  {point.goodput:8.2f} ok/s  429 {point.share_429:6.1%}", highlight=False
-                )
-
-        yield show
-
-
-@contextmanager
 def _run_progress(total: int) -> Iterator[Callable[[RunReport], None]]:
-    with _bar() as bar:
-        if bar is None:
-            yield lambda report: None
-            return
-        task = bar.add_task("services", total=total)
+    bar = Bar("services", total)
+    with Progress([bar]) as shown:
 
         def show(report: RunReport) -> None:
-            done = report.finished + report.quarantined + report.skipped
-            failed = f", {report.quarantined} failed" if report.quarantined else ""
-            bar.update(task, completed=done, description=f"services{failed}")
+            bar.done, bar.failed = report.finished + report.skipped, report.quarantined
+            bar.mark()
+            shown.changed()
 
         yield show

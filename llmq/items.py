@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 from anyio.abc import TaskGroup
 
+from llmq.progress import Progress
 from llmq.waiters import in_trio_run, is_own_cancellation
 
 T = TypeVar("T")
@@ -48,7 +49,10 @@ class ItemOutcome(Generic[T, R]):
 
 
 class ItemRun(Generic[T, R]):
-    """`run_one(index, item)` over `items`, at most `window()` at once. Made by the queue, iterated once."""
+    """`run_one(index, item)` over `items`, at most `window()` at once. Made by the queue, iterated once.
+
+    `progress` is shown from the first item until the run has ended, however it ends.
+    """
 
     def __init__(
         self,
@@ -57,8 +61,9 @@ class ItemRun(Generic[T, R]):
         window: Callable[[], int],
         *,
         ordered: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        self._state = _State(run_one, items, window, ordered)
+        self._state = _State(run_one, items, window, ordered, progress)
         self._tasks: set[asyncio.Task[None]] = set()
         self._nursery: TaskGroup | None = None
 
@@ -85,6 +90,17 @@ class ItemRun(Generic[T, R]):
         traceback: TracebackType | None,
     ) -> None:
         self._state.closing = True
+        try:
+            await self._end_workers(exc_type, exc, traceback)
+        finally:
+            self._state.show_end()
+
+    async def _end_workers(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._nursery is None:
             await _stop(self._tasks)
             return
@@ -108,7 +124,10 @@ class ItemRun(Generic[T, R]):
                 yield outcome
         finally:
             state.closing = True
-            await _stop(tasks)
+            try:
+                await _stop(tasks)
+            finally:
+                state.show_end()
 
 
 def _spawn(state: _State[Any, Any], tasks: set[asyncio.Task[None]]) -> None:
@@ -135,6 +154,7 @@ class _State(Generic[T, R]):
         items: Iterable[T] | AsyncIterable[T],
         window: Callable[[], int],
         ordered: bool,
+        progress: Progress | None,
     ) -> None:
         self._run_one = run_one
         self._source: Any = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
@@ -142,6 +162,8 @@ class _State(Generic[T, R]):
         self._pulling = anyio.Lock()
         self._window = window
         self._ordered = ordered
+        self._progress = progress
+        self._complete = False
         self._claimed = False
         self._spawn: Callable[[], object] = lambda: None
         self._workers = 0
@@ -159,6 +181,13 @@ class _State(Generic[T, R]):
         if self._claimed:
             raise RuntimeError("these outcomes are read already; call map() or run() again for a new pass")
         self._claimed = True
+        if self._progress is not None:
+            self._progress.start()
+
+    def show_end(self) -> None:
+        """The last state of the progress, if it is shown."""
+        if self._progress is not None:
+            self._progress.stop(complete=self._complete)
 
     def start(self, spawn: Callable[[], object]) -> None:
         """Start the first workers."""
@@ -220,6 +249,7 @@ class _State(Generic[T, R]):
             if self._exhausted and (self._workers == 0 or self._broken()):
                 if self.failure is not None:
                     raise self.failure
+                self._complete = True
                 raise StopAsyncIteration
             self._changed = anyio.Event() if self._changed.is_set() else self._changed
             await self._changed.wait()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ import anyio
 from llmq.core import LLMTaskMeta
 from llmq.errors import QueueHaltedError
 from llmq.items import ItemRun
+from llmq.progress import Bar, ItemProgress, Progress, size_of
 from llmq.queue import LLMQueue
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv, active_queue, using
@@ -75,11 +77,13 @@ class Pipeline:
         open_items: int | None = None,
         ordered: bool = False,
         retry: Retry | None = None,
+        progress: bool = False,
     ) -> ItemRun[T, dict[str, Any]]:
         """Run every item through the stages, through the queue in force when this is called.
 
         At most `open_items` items are open at once (default: the setting `concurrency`); with a queue as many as
-        it has slots, if that is more. `retry` applies to each gated stage.
+        it has slots, if that is more. `retry` applies to each gated stage. `progress` shows a bar a stage, in a
+        terminal, a notebook or a log (`llmq.progress`).
         """
         queue = active_queue()
         if open_items is None:
@@ -87,39 +91,47 @@ class Pipeline:
         if open_items < 1:
             raise ValueError(f"open_items must be at least 1, got {open_items}")
         least = open_items
+        shown = Progress(Bar(stage.name, size_of(items)) for stage in self.stages) if progress else None
 
         async def run_one(index: int, item: T) -> dict[str, Any]:
-            with using(queue):  # also for what an ungated stage submits
+            on_way = None if shown is None else ItemProgress(shown)
+            with using(queue), on_way or nullcontext():  # also for what an ungated stage submits
                 if queue is None:
-                    return await self._run_in_turn(item, retry)
-                return await self._run_overlapped(queue, index, item, retry)
+                    return await self._run_in_turn(item, retry, on_way)
+                return await self._run_overlapped(queue, index, item, retry, on_way)
 
         return ItemRun(
             run_one,
             items,
             lambda: least if queue is None else max(least, queue.max_concurrency),
             ordered=ordered,
+            progress=shown,
         )
 
-    async def _run_in_turn(self, item: object, retry: Retry | None) -> dict[str, Any]:
+    async def _run_in_turn(self, item: object, retry: Retry | None, on_way: ItemProgress | None) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for stage in self.stages:
-            call = _bound(stage, item, results)
-            results[stage.name] = await (unqueued(call, retry=retry) if stage.gated else call())
+            call = _bound(stage, item, results, on_way)
+            with _counted(on_way, stage):
+                results[stage.name] = await (unqueued(call, retry=retry) if stage.gated else call())
         return results
 
-    async def _run_overlapped(self, queue: LLMQueue, rank: int, item: object, retry: Retry | None) -> dict[str, Any]:
+    async def _run_overlapped(
+        self, queue: LLMQueue, rank: int, item: object, retry: Retry | None, on_way: ItemProgress | None
+    ) -> dict[str, Any]:
         results: dict[str, Any] = {}
         failures: list[BaseException] = []
 
         async def run_stage(stage: Stage) -> None:
-            call = _bound(stage, item, results)
+            call = _bound(stage, item, results, on_way)
             try:
-                if stage.gated:
-                    meta = LLMTaskMeta(stage.name, stage.model_name, rank=rank)
-                    results[stage.name] = await queue.submit(functools.partial(_ungated, call), meta=meta, retry=retry)
-                else:
-                    results[stage.name] = await call()
+                with _counted(on_way, stage):
+                    if stage.gated:
+                        meta = LLMTaskMeta(stage.name, stage.model_name, rank=rank)
+                        holding = functools.partial(_ungated, call)
+                        results[stage.name] = await queue.submit(holding, meta=meta, retry=retry)
+                    else:
+                        results[stage.name] = await call()
             except BaseException as error:
                 if is_own_cancellation(error):
                     raise
@@ -146,8 +158,15 @@ async def _ungated(call: Callable[[], Awaitable[Any]]) -> Any:
         return await call()
 
 
-def _bound(stage: Stage, item: object, results: Mapping[str, Any]) -> Callable[[], Awaitable[Any]]:
-    return functools.partial(stage.call, item, *(results[name] for name in stage.after))
+def _bound(
+    stage: Stage, item: object, results: Mapping[str, Any], on_way: ItemProgress | None
+) -> Callable[[], Awaitable[Any]]:
+    call = functools.partial(stage.call, item, *(results[name] for name in stage.after))
+    return call if on_way is None else on_way.attempt(stage.name, call)
+
+
+def _counted(on_way: ItemProgress | None, stage: Stage) -> AbstractContextManager[None]:
+    return nullcontext() if on_way is None else on_way.stage(stage.name)
 
 
 def _in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -24,13 +24,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from llmq import waiters
 from llmq.alarms import Alarm, new_alarm
+from llmq.cards import statistics_card
 from llmq.changes import Change, ChangeKind, Changes
 from llmq.core import (
     NO_META,
@@ -51,10 +52,12 @@ from llmq.core import (
 )
 from llmq.core.policy import AGEING_SECONDS
 from llmq.errors import BudgetExceededError, OutOfQuotaError, QueueClosedError, QueueTimeout
+from llmq.interrupt import mind_interrupts
 from llmq.items import ItemRun
 from llmq.ledger import Ledger
 from llmq.logs import tell, tell_of_budget
 from llmq.operations import Operation, Retried, Slot, Try
+from llmq.progress import Bar, Progress, size_of
 from llmq.records import AttemptRecord, RecordBuffer, Records
 from llmq.refusals import Refusals
 from llmq.retry import Classify, Kind, Retry, Verdict, classify, judged, timed
@@ -78,6 +81,8 @@ LOOKS_FOR_RETRIES = 50
 
 MAX_RECORDS = 100_000
 """Operations, and attempts, that `records()` keeps."""
+
+QueueState = Literal["open", "paused", "draining", "closed"]
 
 _GIVE_UP = (None, Verdict(Kind.CALLER))
 _ROUNDING_SECONDS = 1e-6
@@ -165,6 +170,7 @@ class LLMQueue:
         depth = () if max_queued is None else (Depth(max_queued),)
         policy = Policy(max_concurrency, (*limits, *depth), overflow, ageing_seconds, frozenset(strict), fair_share)
         notice_clock()
+        mind_interrupts()
         self._classify = classify
         self._telemetry = telemetry
         self._ledger = ledger
@@ -195,6 +201,14 @@ class LLMQueue:
     def max_concurrency(self) -> int:
         """The cap in force."""
         return self._scheduler.limit
+
+    @property
+    def state(self) -> QueueState:
+        """`open`; `paused`; `draining`: refuses new calls, from `drain` to `resume`; `closed`: for good."""
+        refusing = self._scheduler.refusing
+        if refusing is not None:
+            return "closed" if refusing is Drop.CLOSED else "draining"
+        return "paused" if self._scheduler.paused else "open"
 
     @property
     def policy(self) -> Policy:
@@ -284,23 +298,28 @@ class LLMQueue:
         meta: LLMTaskMeta | Callable[[T], LLMTaskMeta] | None = None,
         ordered: bool = False,
         retry: Retry | None = None,
+        progress: bool = False,
     ) -> ItemRun[T, R]:
         """`call(item)` for each item, pulled as slots free up; an outcome each, with `.result` or `.error`.
 
         `async with queue.map(...) as outcomes: async for outcome in outcomes: ...`; on asyncio also plain
         `async for`. `items` may be lazy, asynchronous or endless. `ordered` keeps the order of the items. Calls share
-        a few tasks, so a context variable that one sets may be seen by a later one.
+        a few tasks, so a context variable that one sets may be seen by a later one. `progress` shows a bar, in a
+        terminal, a notebook or a log (`llmq.progress`).
         """
+        bar = Bar("calls", size_of(items))
+        shown = Progress([bar]) if progress else None
 
         async def run_one(_index: int, item: T) -> R:
             def start() -> Awaitable[R]:
                 run.grow()
-                return call(item)
+                return call(item) if shown is None else bar.attempt(call(item))
 
-            return await self.submit(start, meta=meta(item) if callable(meta) else meta, retry=retry)
+            with nullcontext() if shown is None else shown.counted(bar):
+                return await self.submit(start, meta=meta(item) if callable(meta) else meta, retry=retry)
 
         # One item more than there are slots: the one that waits finds out at once when the queue has grown.
-        run = ItemRun(run_one, items, lambda: self._scheduler.limit + 1, ordered=ordered)
+        run = ItemRun(run_one, items, lambda: self._scheduler.limit + 1, ordered=ordered, progress=shown)
         return run
 
     def submit_sync(self, fn: Callable[..., T], *args: object, meta: LLMTaskMeta | None = None) -> T:
@@ -482,6 +501,19 @@ class LLMQueue:
         """The newest operations and attempts, at most `max_records` of each, oldest first."""
         self._bury_orphans()
         return self._records.snapshot()
+
+    def records_since(self, mark: object = None, *, most: int = 10_000) -> tuple[Records, object]:
+        """What ended since the call that returned `mark`, of the newest `most` records; and the next mark.
+
+        For who looks again and again: it costs as much as is new. Operations and attempts count as records each.
+        """
+        self._bury_orphans()
+        return self._records.since(mark, most)
+
+    def _repr_html_(self) -> str:
+        why = self.explain()
+        more = [("state", self.state), *([] if why == "nothing waits" else [("the oldest waiter", why)])]
+        return statistics_card(self.statistics(), "LLMQueue", more)
 
     def __repr__(self) -> str:
         now = self.statistics()

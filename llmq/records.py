@@ -7,7 +7,9 @@ within one loop mean something, nothing else does. Percentiles come from these r
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -130,23 +132,46 @@ class RecordBuffer:
 
     def snapshot(self) -> Records:
         """Everything that is kept, copied."""
-        operations: RecordList[OperationRecord] = RecordList()
-        attempts: RecordList[AttemptRecord] = RecordList()
-        for record in _copied(self.ended):
-            if isinstance(record, AttemptRecord):
-                attempts.append(record)
-            elif isinstance(record, OperationRecord):
-                operations.append(record)
-            else:
-                sequence, at, start, end = record
-                operations.append(OperationRecord(sequence, *_NOTHING, at, end, 1, start - at, "ok"))
-                attempts.append(AttemptRecord(sequence, 1, *_NOTHING, at, start, end, "ok"))
-        del operations[: max(0, len(operations) - self.size)]
-        del attempts[: max(0, len(attempts) - self.size)]
-        return Records(operations, attempts)
+        found = _as_records(_copied(self.ended))
+        del found.operations[: max(0, len(found.operations) - self.size)]
+        del found.attempts[: max(0, len(found.attempts) - self.size)]
+        return found
+
+    def since(self, mark: object, most: int) -> tuple[Records, object]:
+        """What was appended after `mark` (None: all), of the newest `most`; and the mark for the next call.
+
+        In O(what is returned), since the mark is the last record read and the buffer is read from its end.
+        """
+        newest = _copied_back_to(mark, self.ended, most)
+        return _as_records(newest), newest[-1] if newest else mark
 
 
 _NOTHING = (None, None, None, None)
+
+
+def _as_records(ended: Iterable[OperationRecord | AttemptRecord | QuickCall]) -> Records:
+    operations: RecordList[OperationRecord] = RecordList()
+    attempts: RecordList[AttemptRecord] = RecordList()
+    for record in ended:
+        if isinstance(record, AttemptRecord):
+            attempts.append(record)
+        elif isinstance(record, OperationRecord):
+            operations.append(record)
+        else:
+            sequence, at, start, end = record
+            operations.append(OperationRecord(sequence, *_NOTHING, at, end, 1, start - at, "ok"))
+            attempts.append(AttemptRecord(sequence, 1, *_NOTHING, at, start, end, "ok"))
+    return Records(operations, attempts)
+
+
+def _copied_back_to(mark: object, records: deque[T], most: int) -> list[T]:
+    """The newest, oldest first, without `mark` and what came before it."""
+    while True:  # as in `_copied`
+        try:
+            newest = itertools.takewhile(lambda record: record is not mark, itertools.islice(reversed(records), most))
+            return list(newest)[::-1]
+        except RuntimeError:
+            continue
 
 
 def _copied(records: deque[T]) -> list[T]:

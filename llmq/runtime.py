@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import RuntimeInUseError
+from llmq.interrupt import mind_interrupts
 from llmq.operations import Slot
 from llmq.queue import LLMQueue
 from llmq.retry import Retry
@@ -37,6 +38,7 @@ class RuntimeEnv:
     _guard: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, settings: Settings) -> None:
+        mind_interrupts()
         self.settings = settings
         self.llm_queue: LLMQueue | None = None
         if settings.llm_queue_enabled:

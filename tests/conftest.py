@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import trio.testing
@@ -22,12 +23,24 @@ settings.load_profile("llmq")
 
 BACKENDS = ["asyncio", "trio"]
 
-collect_ignore = [] if shutil.which("prometheus") and shutil.which("promtool") else ["test_receivers.py"]
+PROGRAMS = {"test_receivers.py": ("prometheus", "promtool"), "test_browser.py": ("chromium", "chromedriver")}
+MODULES = {"test_browser.py": ("jupyterlab", "selenium")}
+NEEDS = {
+    "test_receivers.py": "a Prometheus server; `make receivers` installs it",
+    "test_browser.py": "JupyterLab and Chromium; `make test-browser` installs them",
+}
+
+
+def _can_run(name):
+    return all(map(shutil.which, PROGRAMS.get(name, ()))) and all(map(find_spec, MODULES.get(name, ())))
+
+
+collect_ignore = [name for name in NEEDS if not _can_run(name)]
 
 
 def pytest_terminal_summary(terminalreporter):
     for name in collect_ignore:
-        terminalreporter.write_line(f"NOT RUN: tests/{name} needs a Prometheus server; `make receivers` installs it")
+        terminalreporter.write_line(f"NOT RUN: tests/{name} needs {NEEDS[name]}")
 
 
 @pytest.fixture(params=BACKENDS)

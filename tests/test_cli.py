@@ -62,6 +62,7 @@ SLOW = ["latency_seconds=0.2", "max_concurrency=12", "sigma=0.1"]
 QUICK = ["--seconds", "1.5", "--levels", "6 12 18", *[word for s in SLOW for word in ("--simulate", s)]]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["over HTTP", "virtual"])
 def test_tune_ends_in_a_table_a_picture_and_the_yaml_to_paste(how):
     done = in_a_process(
@@ -79,6 +80,7 @@ def test_tune_ends_in_a_table_a_picture_and_the_yaml_to_paste(how):
     assert "recommended" in Path("found/table.txt").read_text()
 
 
+@pytest.mark.alone
 def test_tune_against_a_given_endpoint_and_model_with_single_calls():
     with serve_provider(latency_seconds=0.4) as found:
         done = llmq(
@@ -93,6 +95,7 @@ def test_tune_against_a_given_endpoint_and_model_with_single_calls():
     assert found.url in Path("found/sweep.json").read_text()
 
 
+@pytest.mark.alone
 def test_tune_interrupted_leaves_valid_points_and_no_server_and_goes_on():
     command = [sys.executable, "-m", "llmq", "tune", "--out", "found", *QUICK]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,4 +1,7 @@
-"""The notebooks, run in a real kernel; each ends in an assert on what it claims."""
+"""The notebooks, run in a real kernel; each ends in an assert on what it claims.
+
+The cheap ones always, the others with `-m notebooks`. `make notebooks` runs them all and writes the .ipynb.
+"""
 
 import time
 from pathlib import Path
@@ -9,6 +12,12 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("[0-9]*.py"))
+SMOKE = ("00", "05", "07")
+LARGEST_BYTES = 500_000
+RUNS = [
+    pytest.param(source, id=source.stem, marks=[] if source.name.startswith(SMOKE) else pytest.mark.notebooks)
+    for source in SOURCES
+]
 
 
 def run(notebook, folder):
@@ -25,7 +34,8 @@ def _quiet_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.alone
+@pytest.mark.parametrize("source", RUNS)
 # Jupyter's own start-up on Python 3.11 leaves warnings that are not ours to mend.
 @pytest.mark.filterwarnings("default")
 def test_a_notebook_runs_and_what_it_claims_holds(source, tmp_path):
@@ -41,6 +51,22 @@ def test_the_executed_notebook_is_in_step_with_its_source(source):
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code), "every cell has been run"
     assert "widgets" not in executed.metadata
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_an_executed_notebook_is_small_and_shows_nothing_of_this_machine(source):
+    executed = source.with_suffix(".ipynb")
+    assert executed.stat().st_size < LARGEST_BYTES
+    code = [cell for cell in jupytext.read(executed).cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    shown = [text for output in outputs for kind, text in _texts(output) if not kind.startswith("image/")]
+    assert not [text for text in shown if any(start in text for start in ("/tmp/", "/home/", "/root/", "/Users/"))]
+    assert any("assert " in cell.source for cell in code[-3:]), "it ends in an assert on what it claims"
+
+
+def _texts(output):
+    return [("text/plain", output.text)] if "text" in output else list(output.get("data", {}).items())
 
 
 READERS_OWN = """
@@ -61,6 +87,7 @@ print(sweep.recommend())
 """.strip()
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("default")
 def test_a_readers_own_generator_takes_15_lines_to_a_recommendation(tmp_path):
     """Three stages with the reader's own client, in a fresh kernel."""

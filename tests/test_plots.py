@@ -288,6 +288,9 @@ def test_numbered_stages_are_one_and_calls_without_a_service_are_not_drawn():
     figure = plot_gantt(recorded(*calls, attempt(0, 1.0), attempt(5, 5.1, "rejected", service="a", stage="mapping")))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["features", "mapping"]
     assert len(figure.frame) == 3
+    calls = [attempt(n, n + 1.0, service="a", stage=f"mapping_{n}_data") for n in (1, 2)]
+    figure = plot_gantt(recorded(*calls, attempt(3, 4.0, service="a", stage="v2")))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mapping_data", "v2"]
     with pytest.raises(ConfigError, match="service_id"):
         plot_gantt(recorded(attempt(0, 1.0)))
 

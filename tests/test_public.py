@@ -78,16 +78,18 @@ PUBLIC = [
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "core"},
-    {"waiters"},
-    {"records", "virtual", "alarms", "changes", "dialects", "summary", "pages"},
+    {"errors", "core", "pages", "cards"},
+    {"waiters", "started"},
+    {"records", "virtual", "alarms", "changes", "dialects", "summary", "interrupt"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},
+    {"progress"},
     {"settings", "items", "refusals", "unqueued"},
     {"queue", "operations", "wire"},
     {"runtime"},
     {"pipeline"},
     {"generators"},
     {"tune"},
+    {"notebook"},
     {"doctor", "testing"},
     {"cli"},
     {"__main__"},

@@ -10,7 +10,7 @@ from llmq.errors import ConfigError
 from llmq.tune.limits import Separation
 from llmq.tune.point import Setting
 from llmq.tune.recommend import OperatingPoint, recommend, two_segment_knee
-from llmq.tune.standing import PACE_SHARE, Bounds, bounded_p95, calls_to_decide, in_force, standing
+from llmq.tune.standing import PACE_SHARE, Bounds, bounded_p95, calls_to_decide, in_force, rounded_down, standing
 from llmq.tune.statistics import wilson
 from tests.windows import point, rate
 
@@ -433,3 +433,7 @@ def test_where_the_limit_changes_the_pace_at_the_edge_is_not_taken():
     assert recommend([point(4, 4.0), *changing, *paced], BOUNDS).requests_per_minute == 294
     assert recommend([point(4, 4.0), *changing, paced[-1]], BOUNDS).requests_per_minute == 297, "there is no other"
     assert recommend([point(4, 4.0), *REFUSED, *paced], BOUNDS).requests_per_minute == 297, "it does not change"
+
+
+def test_a_pace_is_rounded_down_but_not_below_what_it_is_but_for_the_last_bit():
+    assert [rounded_down(pace) for pace in (0.99 * 60 * 60.0, 3563.9, 12.34, 0.567)] == [3564, 3563, 12.3, 0.567]

@@ -4,12 +4,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.table import Table
 
 import llmq
 from llmq.errors import ConfigError
 from llmq.providers.chat import ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
+from llmq.tune.benchmarks import as_text
 from llmq.tune.guard import Prediction
 from llmq.tune.page import html_report, write_html
 from llmq.tune.recommend import OperatingPoint
@@ -86,6 +88,15 @@ def test_the_table_is_at_most_120_wide_whatever_the_pace():
 
 def test_a_title_is_no_markup():
     assert "[bold]x[/bold]" in text_table(measured(title="[bold]x[/bold]"))
+
+
+def test_tables_are_text_in_a_notebook_too(monkeypatch):
+    """There rich would show them, and not write them where they are asked for."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "at once" in text_table(measured())
+    shown = Table("name")
+    shown.add_row("benchmark")
+    assert "benchmark" in as_text(shown)
 
 
 def test_the_page_says_the_answer_first_and_why_and_how_sure():

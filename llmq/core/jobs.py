@@ -184,3 +184,8 @@ class Statistics:
     held_keys: tuple[str | None, ...]
     by_class: dict[Priority, Counts]
     by_key: dict[str, dict[str | None, Counts]]
+
+    def _repr_html_(self) -> str:
+        from llmq.cards import statistics_card
+
+        return statistics_card(self)

@@ -182,7 +182,8 @@ def benchmarks_table(path: str | Path) -> str:
 def as_text(shown: Table) -> str:
     """A table as plain text."""
     file = io.StringIO()
-    Console(file=file, width=140, color_system=None, markup=False).print(shown)  # names have brackets
+    plain = Console(file=file, width=140, color_system=None, markup=False, force_jupyter=False)  # names have brackets
+    plain.print(shown)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip()) + "\n"
 
 

@@ -103,6 +103,11 @@ class OperatingPoint:
         parts = [head, self.reason, *filter(None, [self.waste]), *self.notes, *self.next_steps]
         return "\n".join(parts) + (f"\n\n{self.yaml}" if self.yaml else "")
 
+    def _repr_html_(self) -> str:
+        from llmq.tune.cards import point_card
+
+        return point_card(self)
+
 
 def recommend(points: Iterable[Point], bounds: Bounds, *, present: int | None = None) -> OperatingPoint:
     """The operating point of a sweep, or a refusal. `present`: the calls at once that are set now. Pure."""

@@ -45,7 +45,7 @@ def table(sweep: Sweep) -> Table:
 def text_table(sweep: Sweep) -> str:
     """The table as plain text, at most 120 columns wide."""
     file = io.StringIO()
-    Console(file=file, width=WIDTH, color_system=None).print(table(sweep))
+    Console(file=file, width=WIDTH, color_system=None, force_jupyter=False).print(table(sweep))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip()) + "\n"
 
 

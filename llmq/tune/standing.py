@@ -242,7 +242,7 @@ def pace_held(point: Point, paced: Iterable[Point]) -> bool:
 def rounded_down(pace: float) -> float:
     """To a whole number, a slow one to three digits."""
     digits = max(0, 2 - math.floor(math.log10(pace)))
-    down = math.floor(pace * 10**digits) / 10**digits
+    down = math.floor(pace * (1 + 1e-9) * 10**digits) / 10**digits
     return int(down) if digits == 0 else down
 
 

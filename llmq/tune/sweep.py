@@ -35,6 +35,7 @@ from llmq.tune.recommend import OperatingPoint, recommend
 from llmq.tune.runner import Load, Runner
 from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
+from llmq.tune.sweep_bar import sweep_progress
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
 
@@ -149,6 +150,11 @@ class Sweep:
 
         return text_table(self)
 
+    def _repr_html_(self) -> str:
+        from llmq.tune.cards import sweep_card
+
+        return sweep_card(self)
+
     def by_level(self) -> list[Point]:
         """All windows in order of pace, level and time."""
         return sorted(self.points, key=lambda p: (p.setting.paced, p.level, p.order))
@@ -215,6 +221,7 @@ async def sweep(
     counted.
     Raises what the call raises if nothing but errors of its own comes back, `ProviderError` if no call succeeds, and
     `ConfigError` for what cannot be measured.
+    `on_progress` hears before and after each window; by default a bar is shown (`llmq.progress`).
     """
     settings = RuntimeEnv.instance().settings
     order = _checked_levels(DEFAULT_LEVELS if levels is None else levels)
@@ -251,13 +258,12 @@ async def sweep(
         prices=settings.prices if prices is None else prices,
     )
     random.Random(seed).shuffle(order)
-    work = _Work(
-        result, order, make_runner, store, on_plan, on_progress or print_progress, virtual=virtual, refine=refine
-    )
-    if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
-        await _in_virtual_time(work.run)
-    else:
-        await work.run()
+    with sweep_progress(on_progress, at_once=on_plan is None) as report:
+        work = _Work(result, order, make_runner, store, on_plan, report, virtual=virtual, refine=refine)
+        if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
+            await _in_virtual_time(work.run)
+        else:
+            await work.run()
     return result
 
 
@@ -389,18 +395,6 @@ async def _in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
                 loop.call_soon_threadsafe(task.cancel)
         await asyncio.gather(waiting, return_exceptions=True)
         raise
-
-
-def print_progress(progress: Progress) -> None:
-    """A line for each window that has been measured."""
-    point = progress.point
-    if point is not None:
-        pace = f" ({point.setting.pace})" if point.setting.paced else ""
-        print(
-            f"[{progress.done}/{progress.total}] {point.level:>3} at once{pace}: {point.goodput:7.2f} ok/s, "
-            f"429 {point.share_429:6.1%}, p95 {point.service_p95 or float('nan'):.3g} s",
-            flush=True,
-        )
 
 
 def _checked_levels(levels: Iterable[int]) -> list[int]:

@@ -5,6 +5,7 @@ Time is in seconds from the first submission; `figure.frame` gives what is drawn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _STAGES = (
 _OTHER = ("#ffffff", "++")
 _TIMELINE_COLUMNS = ["kind", "at_seconds", "until_seconds", "value", "label"]
 _GANTT_COLUMNS = ["service_id", "stage", "attempt", "submitted_seconds", "started_seconds", "ended_seconds", "outcome"]
+
+_NUMBER = re.compile(r"(?<=.)_[0-9]+(?=_|$)")
 
 Span = tuple[float, float]
 Limit = int | Sequence[tuple[float, int]]
@@ -83,7 +86,8 @@ def plot_timeline(
 def plot_gantt(records: Records) -> SweepFigure:
     """(h) The calls of each service by stage, services in order of their start: at most `MAX_ROWS`, the first ones.
 
-    A thin line is the wait for a slot, a cross a refusal. `features_1`, `features_2` and so on share a colour.
+    A thin line is the wait for a slot, a cross a refusal. `features_1`, `features_2` and so on share a colour, as do
+    `mapping_1_data` and `mapping_2_data`.
 
     Frame: service_id, stage, attempt, submitted_seconds, started_seconds, ended_seconds, outcome; a row an attempt
     that had a slot, of the services shown. Raises ConfigError if no record has a service_id.
@@ -259,9 +263,8 @@ def _gantt_row(a: AttemptRecord, zero: float) -> tuple[object, ...]:
 
 
 def _family(stage: str | None) -> str:
-    """`features_3` is of `features`."""
-    name, _, number = (stage or "no stage").rpartition("_")
-    return plain(name if name and number.isdigit() else stage or "no stage")
+    """`features_3` is of `features`, `mapping_3_data` of `mapping_data`."""
+    return plain(_NUMBER.sub("", stage or "no stage"))
 
 
 def _clipped(text: str, most: int = 28) -> str:

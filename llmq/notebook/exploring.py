@@ -1,0 +1,437 @@
+"""The sweep explorer: measure your own pipeline or coroutine from a notebook, by a button.
+
+- Nothing is called before the button. Until then it says what can be said without a call.
+- The sweep runs as a task of the kernel's loop, so the cell is not blocked. A click may come in another thread
+  (JupyterLab hands clicks to one of their own), and so may the reports of a virtual sweep: both are handed to the loop.
+- It draws between windows and never within one, since the sweep measures this loop's lag: the bar and a line as a
+  window begins, an SVG as it ends. The full figure is drawn at the end, in a thread.
+- What ends a sweep is one line in the widget. What was measured by then is kept, in `sweep`.
+- The display has a static twin without widget state, brought up to date at the end; `close()` leaves only that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import io
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, fields
+from html import escape
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from llmq.errors import ConfigError, LLMQError
+from llmq.notebook.pictures import as_html, figures_table, points_svg
+from llmq.pipeline import Pipeline
+from llmq.progress import Bar
+from llmq.tune.dry_run import guess
+from llmq.tune.guard import Caps, Prediction
+from llmq.tune.point import Point
+from llmq.tune.report import short, text_table
+from llmq.tune.standing import Bounds
+from llmq.tune.sweep import DEFAULT_LEVELS, VIRTUAL_CALLS, Sweep, sweep
+from llmq.tune.sweep import Progress as SweepProgress
+from llmq.tune.sweep_bar import point_line
+
+T = TypeVar("T")
+
+INSTALL = (
+    "The explorer needs ipywidgets: pip install 'llmq-toolkit[notebook]', then restart the kernel. Without it: "
+    "await llmq.sweep(call_or_pipeline, items)"
+)
+NO_LOOP = "No event loop is running here, so nothing was started: make the explorer in a cell of a notebook"
+DRAW_SECONDS = 0.25
+_LONGEST_LINE = 300
+_CAP_NAMES = tuple(field.name for field in fields(Caps))
+
+
+def explorer(
+    call_or_pipeline: Callable[[T], Awaitable[object]] | Pipeline,
+    items: Iterable[T],
+    levels: Iterable[int] | None = None,
+    **sweep_options: Any,
+) -> Explorer:
+    """A form and a button that runs `llmq.sweep`; shown where it is the last expression of a cell.
+
+    `sweep_options` are those of `llmq.sweep`; `seconds`, `calls`, `refine` and `caps` fill the form. `title` is shown,
+    so it is the place for the provider's name. Nothing is called before the button. `.sweep` holds what was measured
+    after it has ended, however it ended, `.error` why it failed.
+
+    Without ipywidgets it prints what to install. Raises TypeError for an option that `llmq.sweep` does not have.
+    """
+    inspect.signature(sweep).bind(call_or_pipeline, items, **sweep_options)
+    found = Explorer(call_or_pipeline, items, DEFAULT_LEVELS if levels is None else levels, sweep_options)
+    if find_spec("ipywidgets") is None:
+        print(INSTALL)
+    else:
+        found.make_form()
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the form says. Made by `Plan.read`, which raises ConfigError."""
+
+    levels: list[int]
+    seconds: float | None
+    calls: int | None
+    refine: bool
+    caps: Caps
+
+    @classmethod
+    def read(cls, form: dict[str, Any]) -> Plan:
+        """From texts by name; an empty one is None."""
+        try:
+            levels = [int(word) for word in form["levels"].replace(",", " ").split()]
+        except ValueError:
+            raise ConfigError(f"levels are whole numbers, like 1 2 4 8; got {form['levels']!r}") from None
+        if not levels or min(levels) < 1:
+            raise ConfigError(f"levels are calls at once, each at least 1; got {form['levels']!r}")
+        caps = {name: _number(f"the cap on {name}", form[f"most {name}"]) for name in _CAP_NAMES}
+        whole = {name: None if (cap := caps[name]) is None else int(cap) for name in ("calls", "tokens")}
+        calls = _number("calls", form["calls"])
+        return cls(
+            levels,
+            _number("seconds", form["seconds"]),
+            None if calls is None else max(1, int(calls)),
+            form["refine"],
+            Caps(**{**caps, **whole}),  # type: ignore[arg-type]
+        )
+
+
+def _number(name: str, text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} is a number above 0, or empty; got {text!r}")
+    return value
+
+
+class Explorer:
+    """Made by `explorer`. `widget` is the ipywidgets box, None without ipywidgets; `task` the sweep under way."""
+
+    def __init__(self, target: Any, items: Iterable[Any], levels: Iterable[int], options: dict[str, Any]) -> None:
+        self.sweep: Sweep | None = None
+        self.error: Exception | None = None
+        self.widget: Any = None
+        self.task: asyncio.Task[None] | None = None
+        self._target, self._items, self._options = target, items, options
+        self._form: dict[str, Any] = _first_form(levels, options)
+        self._loop = _running_loop()
+        self._display_id: str | None = None
+        self._points: list[Point] = []
+        self._static = ""
+        self._picture_at = 0.0
+        self._bar = _new_bar()
+
+    @property
+    def _bounds(self) -> Bounds:
+        return Bounds(
+            self._options.get("max_429_ratio", 0.01),
+            self._options.get("max_error_ratio", 0.01),
+            self._options.get("slo_p95"),
+        )
+
+    @property
+    def _head(self) -> str:
+        """Whom it asks."""
+        target = self._target
+        what = (
+            " → ".join(stage.name for stage in target.stages)
+            if isinstance(target, Pipeline)
+            else getattr(target, "__name__", "call")
+        )
+        title = self._options.get("title", "")
+        where = "on a virtual clock" if self._options.get("virtual") else ""
+        return ", ".join(filter(None, (what, title, where)))
+
+    def _guess(self) -> str:
+        """What can be said without a call."""
+        try:
+            plan = Plan.read(self._form)
+        except ConfigError as error:
+            return str(error)
+        usual = self._options.get("virtual") and plan.seconds is None and plan.calls is None
+        calls = VIRTUAL_CALLS if usual else plan.calls
+        return f"Nothing has been called yet.\n{guess(plan.levels, plan.seconds, calls)}"
+
+    # The form
+
+    def make_form(self) -> None:
+        """The widgets. Needs ipywidgets."""
+        import ipywidgets as w
+
+        def text(name: str, label: str, hint: str, width: str = "14em") -> Any:
+            made = w.Text(self._form[name], description=label, placeholder=hint, layout=w.Layout(width=width))
+            made.style.description_width = "initial"
+            made.observe(lambda change: self._filled_in(name, change["new"]), "value")
+            return made
+
+        self._refine = w.Checkbox(self._form["refine"], description="add levels and paces as needed", indent=False)
+        self._refine.observe(lambda change: self._filled_in("refine", change["new"]), "value")
+        fields_of = w.HBox(
+            [
+                text("levels", "calls at once", "1 2 4 8", "26em"),
+                text("seconds", "seconds each", "by itself"),
+                text("calls", "calls each", "by itself"),
+                self._refine,
+            ],
+            layout=w.Layout(flex_flow="row wrap"),
+        )
+        labels = {"calls": "at most calls", "tokens": "tokens", "cost": "USD", "minutes": "minutes"}
+        caps = w.HBox([text(f"most {name}", labels[name], "no cap") for name in _CAP_NAMES])
+        caps.layout.flex_flow = "row wrap"
+        self._measure_button = w.Button(description="Measure", button_style="primary", icon="play")
+        self._cancel_button = w.Button(description="Cancel", icon="stop", disabled=True)
+        self._measure_button.on_click(lambda _: self.measure())
+        self._cancel_button.on_click(lambda _: self.cancel())
+        self._progress = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="20em"))
+        self._said = w.HTML(_lines(self._guess()))
+        self._status = w.HTML()
+        self._picture = w.HTML()
+        self._choice = w.Dropdown(description="measured", options=(), disabled=True)
+        self._choice.layout.display = "none"
+        self._choice.observe(lambda change: self._chosen(change["new"]), "value")
+        self._figures = w.HTML()
+        buttons = w.HBox([self._measure_button, self._cancel_button, self._progress, self._status])
+        head = w.HTML(f"<b>{escape(self._head)}</b>")
+        parts = [head, fields_of, caps, self._said, buttons, self._picture, self._choice, self._figures]
+        self.widget = w.VBox(parts)
+
+    def _filled_in(self, name: str, value: Any) -> None:
+        self._form[name] = value
+        if self.task is None:
+            self._said.value = _lines(self._guess())
+
+    def measure(self) -> None:
+        """What the button does, from whatever thread: start the sweep, as `task`, unless one is under way."""
+        if self.widget is None:
+            print(INSTALL)
+            return
+        loop = self._loop if self._loop is not None and not self._loop.is_closed() else _running_loop()
+        if loop is None:
+            self._say(NO_LOOP)
+            return
+        self._loop = loop
+        self._measure_button.disabled = True
+        self._in_loop(self._start)
+
+    def _start(self) -> None:
+        if self.task is not None:
+            return
+        try:
+            plan = Plan.read(self._form)
+        except ConfigError as error:
+            self._say(str(error))
+            self._measure_button.disabled = False
+            return
+        self._points.clear()
+        self.sweep = self.error = None
+        self._bar = _new_bar()
+        self._cancel_button.disabled = False
+        self._picture.value = self._figures.value = ""
+        self._choice.layout.display = "none"
+        self._say("the first few calls")
+        self.task = asyncio.get_running_loop().create_task(self._run(plan))
+
+    def cancel(self) -> None:
+        """End the sweep under way, with all its calls; what was measured is kept. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._in_loop(self._cancel)
+
+    def _cancel(self) -> None:
+        if self.task is not None and not self.task.cancelling():
+            self._cancel_button.disabled = True
+            self._say("ending the calls under way")
+            self.task.cancel()
+
+    def _in_loop(self, do: Callable[[], object]) -> None:
+        if _running_loop() is self._loop:
+            do()
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(do)
+
+    # The sweep
+
+    async def _run(self, plan: Plan) -> None:
+        try:
+            options = {
+                **self._options,
+                "seconds": plan.seconds,
+                "calls": plan.calls,
+                "refine": plan.refine,
+                "caps": plan.caps,
+                "on_plan": self._planned,
+                "on_progress": self._heard,
+            }
+            self.sweep = await sweep(self._target, self._items, plan.levels, **options)
+            end = f"The sweep {self.sweep.stopped}." if self.sweep.stopped else "Done."
+        except asyncio.CancelledError:
+            end = "Cancelled."
+            self._keep("was cancelled")
+        except Exception as error:
+            self.error = error
+            end = one_line(error)
+            self._keep("ended with an error")
+        self._cancel_button.disabled = True
+        try:
+            await self._show_result(end)
+        finally:
+            self.task = None
+            self._measure_button.disabled = False
+
+    def _keep(self, stopped: str) -> None:
+        """What was measured before it ended too early."""
+        if self._points:
+            self.sweep = Sweep(list(self._points), self._bounds, self._options.get("title", ""), stopped=stopped)
+
+    def _planned(self, prediction: Prediction) -> bool:
+        """Told after the first few calls, in the loop that measures."""
+        self._in_loop(lambda: self._show_prediction(prediction))
+        on_plan = self._options.get("on_plan")
+        return True if on_plan is None else bool(on_plan(prediction))
+
+    def _show_prediction(self, prediction: Prediction) -> None:
+        self._said.value = _lines(f"After the first few calls: this will use {prediction}.")
+        self._say("warming up")
+
+    def _heard(self, progress: SweepProgress) -> None:
+        """Told before and after each window, in the loop that measures, when nothing is being measured."""
+        self._in_loop(lambda: self._show_progress(progress))
+        on_progress = self._options.get("on_progress")
+        if on_progress is not None:
+            on_progress(progress)
+
+    def _show_progress(self, progress: SweepProgress) -> None:
+        bar = self._bar
+        bar.done, bar.total = progress.done, progress.total
+        self._progress.max, self._progress.value = progress.total, progress.done
+        if progress.point is None:
+            left = bar.figures()[-1]
+            self._say(", ".join(filter(None, (f"measuring {progress.level} at once", left))))
+            return
+        bar.mark()
+        self._points.append(progress.point)
+        if time.monotonic() - self._picture_at >= DRAW_SECONDS:
+            self._picture_at = time.monotonic()
+            self._picture.value = points_svg(self._points, self._bounds) + _lines(point_line(progress.point))
+
+    # The end
+
+    async def _show_result(self, end: str) -> None:
+        found = self.sweep
+        if found is None or not found.points:
+            self._progress.value = 0
+            self._static = _lines(f"{self._head}\n{end}")
+        else:
+            answer, figure = await asyncio.to_thread(_drawn, found)
+            self._picture.value = answer + figure
+            self._static = f"{_lines(self._head)}{answer}{figure}<pre>{escape(text_table(found))}</pre>"
+            judged = found.judged()
+            self._choice.options = [(f"{short(point.setting)} at once", n) for n, point in enumerate(judged)]
+            self._choice.disabled, self._choice.layout.display = False, None
+            self._choice.index = 0  # a Dropdown made without options has none chosen when it gets some
+            self._chosen(self._choice.value)
+        if self.sweep is not None and self.sweep.stopped is None:
+            self._progress.max = self._progress.value = max(1, len(self.sweep.points))
+        self._say(end)
+        self._refresh_display()
+
+    def _chosen(self, number: int | None) -> None:
+        if self.sweep is not None and number is not None:
+            self._figures.value = figures_table(self.sweep.judged()[number], self.sweep.bounds)
+
+    def _say(self, text: str) -> None:
+        self._status.value = escape(text)
+
+    # The display
+
+    def close(self) -> None:
+        """Cancel what is under way, and leave the static result in place of the widget."""
+        self.cancel()
+        if self.widget is not None:
+            self.widget.close()
+            self.widget = None
+            self._refresh_display()
+
+    def _bundle(self) -> dict[str, Any]:
+        static = {"text/plain": repr(self), "text/html": self._repr_html_()}
+        return static if self.widget is None else {**self.widget._repr_mimebundle_(), **static}
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        self._display_id = self._display_id or uuid.uuid4().hex
+        display(self._bundle(), raw=True, display_id=self._display_id)  # type: ignore[no-untyped-call]
+
+    def _refresh_display(self) -> None:
+        if self._display_id is not None:
+            from IPython.display import update_display
+
+            update_display(self._bundle(), raw=True, display_id=self._display_id)  # type: ignore[no-untyped-call]
+
+    def _repr_html_(self) -> str:
+        return self._static or _lines(f"{self._head}\n{self._guess()}")
+
+    def __repr__(self) -> str:
+        if self.sweep is None:
+            return f"{self._head}\n{one_line(self.error) if self.error else self._guess()}"
+        return f"{self.sweep}\n{self.sweep.recommend()}"
+
+
+def one_line(error: Exception) -> str:
+    """An error on one line, not too long."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return text if isinstance(error, LLMQError) else f"{type(error).__name__}: {text}"
+
+
+def _first_form(levels: Iterable[int], options: dict[str, Any]) -> dict[str, Any]:
+    caps = options.get("caps") or Caps()
+    return {
+        "levels": " ".join(str(level) for level in levels),
+        "seconds": _text(options.get("seconds")),
+        "calls": _text(options.get("calls")),
+        "refine": options.get("refine", True),
+        **{f"most {name}": _text(getattr(caps, name)) for name in _CAP_NAMES},
+    }
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.10g}"
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _new_bar() -> Bar:
+    bar = Bar("windows", rated=False, now=time.monotonic)
+    bar.mark()
+    return bar
+
+
+def _drawn(found: Sweep) -> tuple[str, str]:
+    """The operating point and the picture as HTML; takes about half a second, so not in the loop."""
+    answer = as_html(found.recommend())
+    try:
+        file = io.BytesIO()
+        found.plot().savefig(file, dpi=110)
+    except ImportError as error:
+        return answer, _lines(f"For the picture: pip install 'llmq-toolkit[tune]' ({error.name} is missing)")
+    picture = base64.b64encode(file.getvalue()).decode("ascii")
+    return answer, f'<img alt="the sweep" style="max-width:100%" src="data:image/png;base64,{picture}">'
+
+
+def _lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
