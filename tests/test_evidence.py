@@ -217,3 +217,11 @@ def test_a_rate_changes_where_a_window_that_was_kept_full_is_unsteady():
     assert not limit_found([point(4, 4.0), steady, few, hardly]).changes
     apart = point(32, 5.0, refused=300, rate=rate(500, 100.0, slowest=3.0, fastest=7.0))
     assert limit_found([point(4, 4.0), apart]).changes
+
+
+@pytest.mark.parametrize(("other", "changes"), [(10.0, False), (5.0, True)])
+def test_a_rate_changes_where_windows_tell_rates_apart(other, changes):
+    """Each was measured within one phase of a slow change."""
+    one = point(32, 8.0, refused=500, rate=RateSeen(500, 0, 50.0, 20, None, None))
+    two = point(64, 8.0, refused=500, rate=RateSeen(int(50 * other), 0, 50.0, 20, None, None))
+    assert limit_found([point(4, 4.0), one, two]).changes is changes

@@ -9,7 +9,7 @@ from functools import reduce
 
 import numpy as np
 
-from llmq.tune.limits import RATES, RateSeen
+from llmq.tune.limits import CALLS_IN_A_PART, RATES, SECONDS_IN_A_PART, RateSeen
 from llmq.tune.point import Point, Setting
 from llmq.tune.statistics import SURE, wilson
 
@@ -118,14 +118,20 @@ def _pool_tokens(first: Point, second: Point) -> tuple[float | None, float | Non
 def _pool_rates(first: RateSeen | None, second: RateSeen | None) -> RateSeen | None:
     if first is None or second is None:
         return first or second
+    parts = [r for r in (first, second) if r.slowest is not None or _is_long(r)]
     return RateSeen(
         first.admitted + second.admitted,
         first.tokens + second.tokens,
         first.seconds + second.seconds,
         first.onsets + second.onsets,
-        min((r.slowest for r in (first, second) if r.slowest is not None), default=None),
-        max((r.fastest for r in (first, second) if r.fastest is not None), default=None),
+        min((r.per_second if r.slowest is None else r.slowest for r in parts), default=None),
+        max((r.per_second if r.fastest is None else r.fastest for r in parts), default=None),
     )
+
+
+def _is_long(rate: RateSeen) -> bool:
+    """Whether a window as a whole tells a rate that another window's may be held against."""
+    return rate.admitted >= CALLS_IN_A_PART and rate.seconds >= SECONDS_IN_A_PART
 
 
 def _as_told(rate: RateSeen, kind: str, points: Iterable[Point]) -> RateSeen:

@@ -27,8 +27,8 @@ RATES = ("requests", "tokens", "unknown")
 
 CLEARLY_SEPARATE = 0.9
 SEGMENTS = 8
-_CALLS_IN_A_SEGMENT = 24
-_SECONDS_IN_A_SEGMENT = 5.0
+CALLS_IN_A_PART = 24
+SECONDS_IN_A_PART = 5.0
 _PAUSE_SHARE = 1.5
 _PAUSE_SECONDS = 0.5
 CALLS_IN_A_WINDOW = 20
@@ -180,11 +180,11 @@ def _tokens_of_a_call(attempts: Sequence[AttemptRecord]) -> float:
 
 def _rates_of_parts(onsets: Sequence[tuple[float, int]], admitted: int) -> list[float]:
     """Calls a second in consecutive parts between onsets, each long enough to mean something."""
-    least = max(_CALLS_IN_A_SEGMENT, admitted / SEGMENTS)
+    least = max(CALLS_IN_A_PART, admitted / SEGMENTS)
     found = []
     since, before = onsets[0]
     for at, after in onsets[1:]:
-        if after - before >= least and at - since >= _SECONDS_IN_A_SEGMENT:
+        if after - before >= least and at - since >= SECONDS_IN_A_PART:
             found.append((after - before) / (at - since))
             since, before = at, after
     return found
