@@ -48,7 +48,7 @@ LEVELS = [1, 2, 4, 8, 16, 32]
 
 
 def quietly(progress):
-    """Without this a sweep prints a line for each thing it measures."""
+    """Without this a sweep shows a bar."""
 
 
 sweep = await llmq.sweep(outline, TOPICS, LEVELS, virtual=True, calls=1000, on_progress=quietly)

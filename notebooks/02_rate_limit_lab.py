@@ -51,7 +51,7 @@ def outlining(provider):
 
 
 def quietly(progress):
-    """Without this a sweep prints a line for each thing it measures."""
+    """Without this a sweep shows a bar."""
 
 
 # %% [markdown]

@@ -113,7 +113,7 @@ how = {"virtual": True, "calls": 500} if client is None else {}
 
 
 def quietly(progress):
-    """Without this a sweep prints a line for each thing it measures."""
+    """Without this a sweep shows a bar."""
 
 
 async def measured(caps, **options):

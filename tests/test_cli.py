@@ -429,9 +429,9 @@ def test_tune_stops_at_its_cap_on_calls_and_says_so(most):
 def test_a_dry_run_guesses_what_a_sweep_will_use():
     done = llmq(*PAID, "--dry-run", "--levels", "2 4", "--seconds", "10")
     assert done.returncode == 0, said(done)
-    # 2, 4 and 2 again at once, each for 10 s and two calls of 1 s: (2 + 4 + 2) * 12 calls in 36 s; and twice that
-    assert "If a call takes 1 s: up to about 288 calls, 1.8 minutes" in done.stdout
-    assert "If a call takes 5 s: up to about 96 calls, 3.0 minutes" in done.stdout
+    # 2, 4 and 2 again, each for 10 s and two calls of 1 s: (2 + 4 + 2) * 12 calls in 36 s; twice that; 10 s of 4
+    assert "If a call takes 1 s: up to about 328 calls, 2.0 minutes" in done.stdout
+    assert "If a call takes 5 s: up to about 104 calls, 3.2 minutes" in done.stdout
     assert "at most 2, 4 at once, each for 10 s" in done.stdout
     assert not Path("out").exists()
 

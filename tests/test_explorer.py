@@ -354,3 +354,9 @@ def test_in_a_kernel_a_click_of_the_front_end_measures_and_nothing_is_requested_
     assert "image/png" in display["data"]["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in display["data"]
     assert "at once" in display["data"]["text/plain"], "the table is text in a kernel, too"
+
+
+def test_levels_may_be_text_and_are_refused_if_they_are_neither():
+    assert field(explorer(Asking(), range(5), "16 32", **OPTIONS), "calls at once").value == "16 32"
+    with pytest.raises(ConfigError, match="a list of whole numbers; got 3"):
+        explorer(Asking(), range(5), 3, **OPTIONS)

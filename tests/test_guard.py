@@ -34,12 +34,13 @@ def test_no_caps_and_fractions_are_fine():
 
 
 def test_a_prediction_by_littles_law():
-    """Levels 2, 4 and 2 again, at 0.5 s: 4, 8 and 4 calls/s, each for 10 s and two service times; and twice that."""
+    """Levels 2, 4 and 2 again, at 0.5 s: 4, 8 and 4 calls/s, each for 10 s and two service times; twice that,
+    and 10 s of 8 calls/s before."""
     found = predict([2, 4], service_seconds=0.5, window_seconds=10.0)
-    assert found.calls == (4 + 8 + 4) * 11 * 3
-    assert found.minutes == pytest.approx(3 * 11 * 3 / 60)
+    assert found.calls == (4 + 8 + 4) * 11 * 3 + 80
+    assert found.minutes == pytest.approx((3 * 11 * 3 + 10) / 60)
     assert (found.tokens, found.cost) == (None, None)
-    assert predict([2], service_seconds=0.5, window_seconds=1.0).minutes * 60 == pytest.approx(4 + 30), "half a minute"
+    assert predict([2], service_seconds=0.5, window_seconds=1.0).minutes * 60 == pytest.approx(2 + 4 + 30)
 
 
 def test_what_a_sweep_may_add_is_twice_what_was_asked_for_and_half_a_minute_at_least():
@@ -54,8 +55,8 @@ def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():
         cost_per_call=0.01,
     )  # fmt: skip
     seconds = [100 + 2, 100 / 4 + 2, 100 + 2]  # 1, 4 (not 8) and 1 call a second, until there are 100
-    assert found.minutes == pytest.approx(sum(seconds) * 3 / 60)
-    calls = (102 + 27 * 4 + 102) * 3
+    assert found.minutes == pytest.approx((sum(seconds) * 3 + 10) / 60)
+    calls = (102 + 27 * 4 + 102) * 3 + 40
     assert (found.calls, found.tokens) == (math.ceil(calls), round(200 * calls))
     assert found.cost == pytest.approx(0.01 * calls)
 

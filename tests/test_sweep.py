@@ -403,8 +403,8 @@ async def test_the_plan_is_told_after_a_few_calls_and_may_be_declined(wanted):
     found = await llmq.sweep(counted(provider), range(10), [2, 4], **options)
     ((prediction, requests),) = plans
     assert requests <= 16
-    # 2, 4 and 2 again, each for 5 s and two service times
-    assert (prediction.calls, prediction.tokens) == (96, 9_600)
+    # 2, 4 and 2 again, each for 5 s and two service times; and 5 s of 8 calls/s before
+    assert (prediction.calls, prediction.tokens) == (136, 13_600)
     assert found.predicted == prediction
     if wanted:
         assert len(found.points) == 3

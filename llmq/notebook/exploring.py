@@ -51,7 +51,7 @@ _CAP_NAMES = tuple(field.name for field in fields(Caps))
 def explorer(
     call_or_pipeline: Callable[[T], Awaitable[object]] | Pipeline,
     items: Iterable[T],
-    levels: Iterable[int] | None = None,
+    levels: Iterable[int] | str | None = None,
     **sweep_options: Any,
 ) -> Explorer:
     """A form and a button that runs `llmq.sweep`; shown where it is the last expression of a cell.
@@ -117,7 +117,7 @@ def _number(name: str, text: str) -> float | None:
 class Explorer:
     """Made by `explorer`. `widget` is the ipywidgets box, None without ipywidgets; `task` the sweep under way."""
 
-    def __init__(self, target: Any, items: Iterable[Any], levels: Iterable[int], options: dict[str, Any]) -> None:
+    def __init__(self, target: Any, items: Iterable[Any], levels: Iterable[int] | str, options: dict[str, Any]) -> None:
         self.sweep: Sweep | None = None
         self.error: Exception | None = None
         self.widget: Any = None
@@ -393,10 +393,12 @@ def one_line(error: Exception) -> str:
     return text if isinstance(error, LLMQError) else f"{type(error).__name__}: {text}"
 
 
-def _first_form(levels: Iterable[int], options: dict[str, Any]) -> dict[str, Any]:
+def _first_form(levels: Iterable[int] | str, options: dict[str, Any]) -> dict[str, Any]:
     caps = options.get("caps") or Caps()
+    if not isinstance(levels, Iterable):
+        raise ConfigError(f"levels are calls at once, a list of whole numbers; got {levels!r}")
     return {
-        "levels": " ".join(str(level) for level in levels),
+        "levels": levels if isinstance(levels, str) else " ".join(str(level) for level in levels),
         "seconds": _text(options.get("seconds")),
         "calls": _text(options.get("calls")),
         "refine": options.get("refine", True),

@@ -63,6 +63,9 @@ class Prediction:
 EXTRA_SHARE = 2.0
 """What windows that the sweep adds by itself may take in real time, as a share of those that were asked for."""
 
+WARM_UP_SECONDS = 2.0
+"""What the warm-up takes at least."""
+
 LEAST_EXTRA_SECONDS = 30.0
 """What they may always take."""
 
@@ -103,8 +106,11 @@ def predict(
 ) -> Prediction:
     """The most that a sweep over levels will use: each level once, the first again, and to `refine` what it may add.
 
-    A level N brings N / service_seconds calls a second (Little's law), or the rate that is known.
+    A level N brings N / service_seconds calls a second (Little's law), or the rate that is known. The warm-up is at the
+    highest.
     """
+    warm_up_seconds = max(WARM_UP_SECONDS, window_seconds)
+    warm_up_calls = warm_up_seconds * min(max(levels) / service_seconds, rate_per_second or math.inf)
     calls = seconds = 0.0
     for level in [*levels, levels[0]]:
         per_second = min(level / service_seconds, rate_per_second or math.inf)
@@ -112,7 +118,7 @@ def predict(
         seconds += lasts
         calls += lasts * per_second
     more = 1 + most_extra_seconds(seconds) / seconds if refine else 1.0
-    calls, seconds = calls * more, seconds * more
+    calls, seconds = calls * more + warm_up_calls, seconds * more + warm_up_seconds
     return Prediction(
         math.ceil(calls),
         seconds / 60,

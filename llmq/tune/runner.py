@@ -50,7 +50,7 @@ from llmq.queue import LLMQueue
 from llmq.records import AttemptRecord, Records
 from llmq.retry import Kind, Retry, Verdict, classify, describe, limits_told
 from llmq.runtime import using
-from llmq.tune.guard import Caps, Prediction, Stopped, Used, predict
+from llmq.tune.guard import WARM_UP_SECONDS, Caps, Prediction, Stopped, Used, predict
 from llmq.tune.limits import by_a_rate, closed_seconds
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Purpose, Setting, Window, measure
@@ -73,7 +73,6 @@ _MOST_LONGER = 5.0
 _HOLDS = 3.0
 _LONGEST_HOLD = 60.0
 _WARM_UP_WINDOWS = 3
-_WARM_UP_SECONDS = 2.0
 _SETTLED = 1.15
 
 
@@ -153,7 +152,7 @@ class Runner:
         before = None
         for _ in range(_WARM_UP_WINDOWS):
             async with self._running(Setting(self._highest)) as run:
-                await run.until(clock() + max(_WARM_UP_SECONDS, self.usual_seconds()))
+                await run.until(clock() + max(WARM_UP_SECONDS, self.usual_seconds()))
                 self.rate_limited = self.rate_limited or run.rate_refusals > 0
                 times = run.service_times()
                 self._learn_hold(run.queue.records())

@@ -31,7 +31,7 @@ class PointStore:
         self._jsonl = folder / "points.jsonl"
         self._csv = folder / "points.csv"
         self._what = what
-        if self._jsonl.exists() and not resume:
+        if not resume and self._jsonl.exists() and self._jsonl.stat().st_size > 0:
             raise ConfigError(f"{folder} holds a sweep already; resume it, or choose another folder")
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
