@@ -58,9 +58,9 @@ sweep = await llmq.sweep(pipeline, ["tea", "rain", "salt", "wool"], [4, 8, 16, 3
 print(sweep.recommend())
 
 # %% [markdown]
-# Without a pace, more than 12 at once bring nothing but refusals, since a number of slots alone cannot hold a rate. So a
-# pace belongs to the answer, and a few slots in reserve: calls do not all take the same time. (A window of a second may
-# show a little more than 60 a second, from what the provider's bucket held.)
+# Without a pace, more than 12 at once bring nothing but refusals, since a number of slots alone cannot hold a rate. So
+# a pace belongs to the answer, and a few slots in reserve: calls do not all take the same time. (A window of a second
+# may show a little more than 60 a second, from what the provider's bucket held.)
 
 # %%
 sweep.plot()
