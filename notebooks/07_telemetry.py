@@ -24,7 +24,7 @@
 # %%
 CALLS = 300
 AT_ONCE = 12
-REQUESTS_PER_MINUTE = 6000
+REQUESTS_PER_MINUTE = 2400
 
 # %% [markdown]
 # Metrics are switched on once for the process, before there is a queue. Port 0 takes a free one; without an argument it
@@ -185,7 +185,7 @@ refused = sum(attempt.outcome == "rejected" for attempt in everything.attempts)
 assert len(operations) == CALLS
 assert len(everything.operations) == total("llm_queue_completed_total") == CALLS + 8
 assert len(everything.attempts) == counted["requests"]
-assert refused == counted["refused"] == total("llm_queue_rate_limited_total")
+assert refused == counted["refused"] == total("llm_queue_rate_limited_total") > 0
 
 # %%
 names = [span.name for span in finished.values()]
