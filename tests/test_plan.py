@@ -266,6 +266,17 @@ def test_a_smaller_level_that_cannot_be_told_from_the_answer_in_the_time_left_is
     assert step(points, (8, 16), seconds=20.0).purpose == "drift"
 
 
+def test_a_smaller_level_right_at_the_bound_is_left_alone_after_as_many_calls_as_tell_two_apart():
+    long = {"seconds": 100.0, "service_mean": 0.5}
+    rest = [point(16, 10.0, **long), point(16, 10.0, purpose="more", **long)]
+    many = {"error": 0.01, "attempts": 4000}
+    looked = [step([point(8, brings, **many, **long), *rest], (8, 16)).setting for brings in (9.65, 9.75)]
+    assert looked[1] == Setting(8), "it looks good enough, so more may show it"
+    assert looked[0] != Setting(8), "it looks like too little"
+    few = step([point(8, 9.65, error=0.02, attempts=1000, **long), *rest], (8, 16))
+    assert few.setting == Setting(8), "too few to look like anything"
+
+
 def test_a_level_in_between_is_not_begun_where_its_proof_takes_too_long():
     points = [point(4, 1.0, **CLEAN), point(16, 4.0, **CLEAN)]
     assert step(points, (4, 16), seconds=ATTEMPTS_TO_PROVE / 3.9).purpose == "between"

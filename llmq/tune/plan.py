@@ -33,6 +33,7 @@ from llmq.tune.standing import (
 
 FAR_ABOVE = 4
 MOST_MORE = 3
+_MORE_CLOSE_BY = 2
 _CALLS_FOR_THE_RATE = 250
 _SLOWEST_PACE = 0.2
 _CLOSE_PACES = 1.012
@@ -237,9 +238,13 @@ def _downwards(points: Sequence[Point], found: Standing, limit: Limit | None, ex
 
 
 def _worthwhile(points: Sequence[Point], point: Point, found: Standing, extra: Extra) -> bool:
-    """Whether to look longer at a level that is neither good enough for sure nor out; less so close to one that is."""
+    """Whether to look longer at a level that is neither good enough for sure nor out. Less so close to one that is; and
+    not where it looks too little after as many calls as tell two apart that are alike: it is right at the bound."""
+    if point.succeeded >= calls_to_decide(found, point) and found.looks_out(point):
+        return False
     close = found.chosen is not None and found.chosen.level <= _CLOSE_LEVELS * point.level
-    return _times_more(points, point.setting) < (1 if close else MOST_MORE) and _decidable(found, point, extra)
+    most = _MORE_CLOSE_BY if close else MOST_MORE
+    return _times_more(points, point.setting) < most and _decidable(found, point, extra)
 
 
 def _decidable(found: Standing, candidate: Point, extra: Extra) -> bool:

@@ -125,6 +125,10 @@ class Standing:
         """At 95 % confidence it has less than the needed share."""
         return self._margin(point) <= -SURE
 
+    def looks_out(self, point: Point) -> bool:
+        """It has less than the needed share, whether or not that is sure."""
+        return self._margin(point) < 0
+
     def needs(self, point: Point) -> tuple[float, float] | None:
         """What it must bring to be good enough, with the standard error of that; None: it is good enough anyway.
 
