@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from llmq.waiters import clock, is_own_cancellation
+from llmq.words import number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +108,7 @@ class Bar:
 
 
 def _rate(per_second: float) -> str:
-    return f"{per_second:.3g}/s" if per_second >= 1 else f"{60 * per_second:.3g}/min"
+    return f"{number(per_second)}/s" if per_second >= 1 else f"{number(60 * per_second)}/min"
 
 
 def _minutes(seconds: float) -> str:

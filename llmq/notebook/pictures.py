@@ -10,6 +10,7 @@ from llmq.pages import html_table
 from llmq.tune.point import Point
 from llmq.tune.report import short
 from llmq.tune.standing import Bounds
+from llmq.words import number
 
 _WIDTH, _HEIGHT, _LEFT, _BASE = 420, 170, 46, 140
 _OK, _BROKEN = "#2b6cb0", "#b3261e"
@@ -32,7 +33,7 @@ def points_svg(points: Sequence[Point], bounds: Bounds) -> str:
 
     parts = [
         f'<line x1="{_LEFT}" y1="{_BASE}" x2="{_WIDTH}" y2="{_BASE}" stroke="currentColor" opacity=".4"/>',
-        f'<text x="{_LEFT - 4}" y="18" text-anchor="end">{top:.3g}</text>',
+        f'<text x="{_LEFT - 4}" y="18" text-anchor="end">{number(top)}</text>',
         f'<text x="{_LEFT - 4}" y="{_BASE}" text-anchor="end">0</text>',
         f'<text x="{_LEFT}" y="10">successful calls/s</text>',
         f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">calls at once</text>',
@@ -54,7 +55,7 @@ def points_svg(points: Sequence[Point], bounds: Bounds) -> str:
 
 def figures_table(point: Point, bounds: Bounds) -> str:
     """What was measured at one setting."""
-    few = f"{point.succeeded} of {point.attempts} attempts succeeded in {point.window_seconds:.3g} s"
+    few = f"{point.succeeded} of {point.attempts} attempts succeeded in {number(point.window_seconds)} s"
     lines = [
         ("setting", f"{short(point.setting)} calls at once"),
         ("successful calls/s", f"{point.goodput:.2f} ({point.goodput_low:.2f} to {point.goodput_high:.2f})"),
@@ -75,4 +76,4 @@ def as_html(thing: object) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g} s"
+    return "-" if value is None else f"{number(value)} s"

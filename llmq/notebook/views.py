@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmq.cards import card, data_table, fact_table, paragraph
 from llmq.pages import html_text
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.notebook.rolling import Figures, Percentiles
@@ -21,7 +22,7 @@ def figures_html(figures: Figures) -> str:
         [
             ("in flight", f"{figures.in_flight:,} of {figures.limit:,}{_state(figures.state)}"),
             ("waiting", f"{figures.waiting:,}"),
-            ("goodput", f"{figures.goodput:.3g} successful calls/s"),
+            ("goodput", f"{number(figures.goodput)} successful calls/s"),
             ("429 share", f"{figures.share_429:.1%}{_by_limit(figures.refusals)}"),
             ("wait p50, p95", _times(figures.wait)),
             ("service p50, p95", _times(figures.service)),
@@ -66,7 +67,7 @@ def static_text(figures: Figures | None, note: str) -> str:
         return note
     return (
         f"LLMQueue: {figures.in_flight} of {figures.limit} in flight{_state(figures.state)}, "
-        f"{figures.waiting} waiting, {figures.goodput:.3g} successful calls/s, {figures.share_429:.1%} refused. "
+        f"{figures.waiting} waiting, {number(figures.goodput)} successful calls/s, {figures.share_429:.1%} refused. "
         f"{figures.why}\n{note}"
     )
 

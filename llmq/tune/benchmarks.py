@@ -29,6 +29,7 @@ from rich.table import Table
 
 from llmq.errors import ConfigError
 from llmq.pages import plain
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.figures import SweepFigure
@@ -228,7 +229,7 @@ def _bars(axes: Any, found: Sequence[Benchmark], values: Sequence[float]) -> Non
     axes.invert_yaxis()
     for position, value in enumerate(values):
         axes.annotate(
-            f"{value:.3g}", (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            number(value), (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)

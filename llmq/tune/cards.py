@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmq.cards import card, code, data_table, fact_table, paragraph
 from llmq.tune.report import FEW_CALLS, HEAD, rows
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.recommend import OperatingPoint
@@ -47,8 +48,8 @@ def _answer(point: OperatingPoint) -> str:
 def _between(value: float | None, low: float | None, high: float | None, unit: str) -> str:
     if value is None:
         return ""
-    interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
-    return f"{value:.3g} {unit}{interval}"
+    interval = "" if low is None or high is None else f" (95 % interval {number(low)} to {number(high)})"
+    return f"{number(value)} {unit}{interval}"
 
 
 def _at_most(share: float | None) -> str:

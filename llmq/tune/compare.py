@@ -33,6 +33,7 @@ from llmq.tune.benchmarks import METRICS, Benchmark, as_text, read_benchmarks
 from llmq.tune.point import Point, Setting
 from llmq.tune.statistics import wilson
 from llmq.tune.sweep import Sweep
+from llmq.words import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,12 @@ class Comparison:
         for row in self.rows:
             verdict = row.verdict + (f" ({row.remark})" if row.remark else "")
             shown.add_row(
-                row.what, f"{row.before:.4g}", f"{row.after:.4g}", _signed(row, row.change), _interval(row), verdict
+                row.what,
+                number(row.before, 4),
+                number(row.after, 4),
+                _signed(row, row.change),
+                _interval(row),
+                verdict,
             )
         return f"{as_text(shown) if self.rows else ''}{self.verdict.capitalize()}: {self.reason}\n"
 

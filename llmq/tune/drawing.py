@@ -25,6 +25,7 @@ from llmq.tune.figures import (
 )
 from llmq.tune.report import short
 from llmq.tune.statistics import SAMPLES_FOR_P95
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point
@@ -89,7 +90,7 @@ def draw_goodput(axes: Any, points: Sequence[Point], sweep: Sweep, answer: Opera
                 (
                     last.level,
                     min(last.attempt_rate, top),
-                    f"all attempts\n({last.attempt_rate:.3g}/s)" if beyond else "all attempts",
+                    f"all attempts\n({number(last.attempt_rate)}/s)" if beyond else "all attempts",
                     "#6a6a6a",
                 ),
             ],

@@ -38,6 +38,7 @@ from llmq.records import AttemptRecord
 from llmq.tune.limits import RATES
 from llmq.tune.statistics import percentile
 from llmq.tune.trace import Trace
+from llmq.words import number
 
 Source = Literal["met", "told", "given"]
 """Refusals show it, headers told it, or the user said "what if"."""
@@ -88,7 +89,7 @@ class RateLimit:
 
     def __str__(self) -> str:
         return (
-            f"{self.per_minute:.4g} {self.kind} per minute, {self.depth:.3g} at once "
+            f"{number(self.per_minute, 4)} {self.kind} per minute, {number(self.depth)} at once "
             f"({_SOURCES[self.source]}{self.evidence})"
         )
 
@@ -295,7 +296,7 @@ def _met_rate(calls: _Calls, kind: RateKind, says: Sequence[str], notes: list[st
         60.0 * rate,
         max(1.0, burst),
         "met",
-        f"{sum(between)} {kind} let in between the first and the last refusal, {last - first:.3g} s apart",
+        f"{sum(between)} {kind} let in between the first and the last refusal, {number(last - first)} s apart",
         next(_says(a) for a in calls.refused if _says(a) in says),
     )
 
@@ -308,8 +309,8 @@ def _reconciled(met: RateLimit | None, told: RateLimit | None, notes: list[str])
         evidence = f"{met.evidence}; headers tell the same"
         return RateLimit(met.kind, told.per_minute, told.depth, "met", evidence, met.says)
     notes.append(
-        f"headers tell of {told.per_minute:.4g} {told.kind} per minute, refusals show {met.per_minute:.4g}; "
-        "the refusals are believed"
+        f"headers tell of {number(told.per_minute, 4)} {told.kind} per minute, refusals show "
+        f"{number(met.per_minute, 4)}; the refusals are believed"
     )
     return met
 
@@ -350,13 +351,13 @@ def _told_rate(kind: RateKind, states: Sequence[RateLimitState], notes: list[str
         window = f"a bucket, by {len(pairs)} answers"
     elif slope > 0:
         seconds = max(reset for _, reset in pairs)
-        rate, window = limit / max(1.0, seconds), f"a window of {seconds:.3g} s"
+        rate, window = limit / max(1.0, seconds), f"a window of {number(seconds)} s"
     if depth / rate > LONGEST_WINDOW_SECONDS:
-        notes.append(f"headers tell of {limit:.4g} {kind} in {depth / rate:.3g} s, too long to matter here")
+        notes.append(f"headers tell of {number(limit, 4)} {kind} in {number(depth / rate)} s, too long to matter here")
         return None
     if abs(rate - limit / 60.0) <= AGREES * rate:
         rate = limit / 60.0
-    return RateLimit(kind, 60.0 * rate, max(1.0, depth), "told", f"a limit of {limit:.4g}, {window}", kind)
+    return RateLimit(kind, 60.0 * rate, max(1.0, depth), "told", f"a limit of {number(limit, 4)}, {window}", kind)
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -381,7 +382,9 @@ def fit_server_slots(calls: _Calls, notes: list[str]) -> ServerSlots | None:
     floor = LEAST_SPREAD_SHARE * statistics.median(calls.seconds())
     clear = slots < most and max(floor, spreads[slots]) <= CLEARLY_LESS * spreads[most]
     if clear and _are_times(_own_seconds(spans, slots)):
-        evidence = f"own times vary by {spreads[slots]:.3g} s, times with the wait there by {spreads[most]:.3g} s"
+        evidence = (
+            f"own times vary by {number(spreads[slots])} s, times with the wait there by {number(spreads[most])} s"
+        )
         return ServerSlots(slots, evidence)
     if _ramp_is_faster(calls, max(1, most // 2)):
         notes.append(

@@ -17,6 +17,7 @@ from llmq.pages import html_table, html_text, page
 from llmq.tune.plots import plot_goodput, plot_outcomes, plot_percentiles, plot_times, plot_tradeoff
 from llmq.tune.report import FEW_CALLS, HEAD, rows, short
 from llmq.tune.timelines import plot_gantt, plot_timeline
+from llmq.words import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,8 +133,8 @@ def _sureness(answer: OperatingPoint) -> Iterator[str]:
     if answer.goodput is not None:
         spread = ""
         if answer.goodput_low is not None and answer.goodput_high is not None:
-            spread = f" (95 % interval {answer.goodput_low:.3g} to {answer.goodput_high:.3g})"
-        yield f"Goodput there: {answer.goodput:.3g} calls a second{spread}."
+            spread = f" (95 % interval {number(answer.goodput_low)} to {number(answer.goodput_high)})"
+        yield f"Goodput there: {number(answer.goodput)} calls a second{spread}."
     if answer.share_429 is not None:
         most = "" if answer.share_429_high is None else f", at most {answer.share_429_high:.2%} at 95 % confidence"
         yield f"429 share there: {answer.share_429:.2%}{most}."
@@ -144,10 +145,13 @@ def _sureness(answer: OperatingPoint) -> Iterator[str]:
 def _facts(sweep: Sweep) -> list[tuple[str, str]]:
     points = sorted(sweep.points, key=lambda p: p.order)
     bounds, changed = sweep.bounds, sweep.drift()
-    slo = "no bound on p95" if bounds.slo_p95 is None else f"p95 of the service time at most {bounds.slo_p95:.3g} s"
+    slo = "no bound on p95" if bounds.slo_p95 is None else f"p95 of the service time at most {number(bounds.slo_p95)} s"
     facts = [
         ("What", sweep.title or "not named"),
-        ("Bounds", f"429 share at most {bounds.max_429_ratio:.3g}, errors at most {bounds.max_error_ratio:.3g}, {slo}"),
+        (
+            "Bounds",
+            f"429 share at most {number(bounds.max_429_ratio)}, errors at most {number(bounds.max_error_ratio)}, {slo}",
+        ),
         ("Method", _method(sweep.points)),
         ("Predicted", "nothing" if sweep.predicted is None else str(sweep.predicted)),
     ]
@@ -220,10 +224,10 @@ def _pictures(sweep: Sweep, answer: OperatingPoint) -> Iterator[str]:
     ours = next((p for p in judged if p.setting == answer.setting), None)
     refused = max((p for p in judged if p.refused and p is not ours), key=lambda p: p.share_429, default=None)
     wanted = [
-        _Picture("Goodput against level", _GOODPUT, lambda: plot_goodput(sweep), _told("goodput", "{:.3g}/s")),
-        _Picture("Times against level", _TIMES, lambda: plot_times(sweep), _told("service_p95", "p95 {:.3g} s")),
-        _Picture("Outcomes", _OUTCOMES, lambda: plot_outcomes(sweep), _told("ok", "{:.0%} plain ok")),
-        _Picture("Goodput against latency", _TRADEOFF, lambda: plot_tradeoff(sweep), _told("goodput", "{:.3g}/s")),
+        _Picture("Goodput against level", _GOODPUT, lambda: plot_goodput(sweep), _told("goodput", "{}/s", number)),
+        _Picture("Times against level", _TIMES, lambda: plot_times(sweep), _told("service_p95", "p95 {} s", number)),
+        _Picture("Outcomes", _OUTCOMES, lambda: plot_outcomes(sweep), _told("ok", "{} plain ok", "{:.0%}".format)),
+        _Picture("Goodput against latency", _TRADEOFF, lambda: plot_tradeoff(sweep), _told("goodput", "{}/s", number)),
         _Picture("Percentiles", _PERCENTILES, lambda: plot_percentiles(sweep), _told_percentiles),
     ]
     for point in (ours, refused):
@@ -244,7 +248,7 @@ def _pictures(sweep: Sweep, answer: OperatingPoint) -> Iterator[str]:
         yield _list(missing)
 
 
-def _told(column: str, words: str) -> Callable[[pd.DataFrame], str]:
+def _told(column: str, words: str, write: Callable[[float], str]) -> Callable[[pd.DataFrame], str]:
     """The values of a column by setting, in words."""
 
     def tell(frame: pd.DataFrame) -> str:
@@ -252,7 +256,7 @@ def _told(column: str, words: str) -> Callable[[pd.DataFrame], str]:
             return ""
         known = frame.dropna(subset=[column])
         values = zip(known["setting"], known[column], strict=True)
-        return "; ".join(f"{setting}: {words.format(value)}" for setting, value in values)
+        return "; ".join(f"{setting}: {words.format(write(value))}" for setting, value in values)
 
     return tell
 
@@ -260,7 +264,7 @@ def _told(column: str, words: str) -> Callable[[pd.DataFrame], str]:
 def _told_percentiles(frame: pd.DataFrame) -> str:
     wanted = frame[frame["quantile"].isin([0.5, 0.95])].dropna(subset=["service_seconds"])
     values = zip(wanted["quantile"], wanted["service_seconds"], strict=True)
-    return "; ".join(f"p{100 * q:.0f} of the service time {seconds:.3g} s" for q, seconds in values)
+    return "; ".join(f"p{100 * q:.0f} of the service time {number(seconds)} s" for q, seconds in values)
 
 
 def _told_timeline(frame: pd.DataFrame) -> str:
@@ -333,5 +337,5 @@ def _lines(text: str) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    low, high = number(min(values)), number(max(values))
     return low if low == high else f"{low} to {high}"

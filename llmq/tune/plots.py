@@ -49,6 +49,7 @@ from llmq.tune.figures import (
 )
 from llmq.tune.report import short
 from llmq.tune.statistics import SAMPLES_FOR_P95
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point
@@ -300,7 +301,8 @@ def plot_before_after(changes: Sequence[Change], title: str = "Before and after"
     axes.axvline(0, color=FAINT, lw=1)
     for row, ((_, unit, before, after, low, high), change) in enumerate(zip(changes, relative, strict=True)):
         axes.annotate(
-            f"{before:.4g} → {after:.4g} {plain(unit)}" + ("" if change is None else f"  ({change:+.0%})"),
+            f"{number(before, 4)} → {number(after, 4)} {plain(unit)}"
+            + ("" if change is None else f"  ({change:+.0%})"),
             (1.02, row),
             xycoords=axes.get_yaxis_transform(),
             va="center",

@@ -28,6 +28,7 @@ from llmq.tune.standing import (
     standing,
 )
 from llmq.tune.statistics import SAMPLES_FOR_P95
+from llmq.words import number
 
 SATURATED = 1.1
 DRIFTED = 0.1
@@ -132,8 +133,8 @@ def recommend(points: Iterable[Point], bounds: Bounds, *, present: int | None = 
         "the most of all feasible settings" if chosen is best else f"{chosen.goodput / best.goodput:.0%} of the best"
     )
     reason = (
-        f"It brings {chosen.goodput:.3g} successful calls/s (95 % interval {chosen.goodput_low:.3g} to "
-        f"{chosen.goodput_high:.3g}), {share}, with {chosen.share_429:.1%} refusals (at most "
+        f"It brings {number(chosen.goodput)} successful calls/s (95 % interval {number(chosen.goodput_low)} to "
+        f"{number(chosen.goodput_high)}), {share}, with {chosen.share_429:.1%} refusals (at most "
         f"{chosen.share_429_high:.1%}). {why}"
     )
     return OperatingPoint(
@@ -169,19 +170,19 @@ def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple
         return "concurrency", f"The provider's limit on calls at once binds{most}; {_refused_at(worst)}."
     if limit is not None and limit.rate is not None:
         rate = limit.rate
-        text = f"The provider's limit on {_in_words(limit.kind)} binds, at {rate.per_second:.3g} calls/s"
+        text = f"The provider's limit on {_in_words(limit.kind)} binds, at {number(rate.per_second)} calls/s"
         if chosen.goodput > 1.02 * rate.per_second:
-            text += f" at least: {chosen.goodput:.3g} were let in at that pace"
+            text += f" at least: {number(chosen.goodput)} were let in at that pace"
         if limit.kind == "tokens" and rate.tokens:
-            text += f" or {rate.tokens / rate.seconds * 60:.3g} tokens/min"
+            text += f" or {number(rate.tokens / rate.seconds * 60)} tokens/min"
         how = "as its headers say and" if rate.told else "by"
         text += f" ({how} {rate.admitted} calls let in between refusals): {_refused_at(worst)}."
         if limit.changes:
             slowest, fastest = rate.slowest or rate.per_second, rate.fastest or rate.per_second
-            text += f" It changes: {slowest:.3g} to {fastest:.3g} calls/s were seen."
+            text += f" It changes: {number(slowest)} to {number(fastest)} calls/s were seen."
         return limit.kind, text
     if chosen.offered_rate is not None and chosen.goodput >= _IN_PROPORTION * chosen.offered_rate:
-        return "arrivals", f"All that arrives is served: {chosen.offered_rate:.3g} calls/s arrive."
+        return "arrivals", f"All that arrives is served: {number(chosen.offered_rate)} calls/s arrive."
     if not above:
         return _at_the_top(chosen, [p for p in groups if p.level < chosen.level])
     following = above[0]
@@ -197,7 +198,7 @@ def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple
         )
     p95, _ = bounded_p95(following)
     if bounds.slo_p95 is not None and (p95 or 0) > bounds.slo_p95:
-        return "slo", f"At {following.level} the p95 of {p95:.3g} s breaks the bound."
+        return "slo", f"At {following.level} the p95 of {number(p95 or 0.0)} s breaks the bound."
     if following.error_share > bounds.max_error_ratio:
         return "errors", f"At {following.level} {following.error_share:.1%} of the calls fail in the end."
     highest = above[-1]
@@ -225,8 +226,9 @@ def _at_the_top(chosen: Point, below: Sequence[Point]) -> tuple[str, str]:
         return "unknown", "It is the only level measured thereabouts: what more or fewer would bring is not known."
     if chosen.goodput / lower.goodput >= _IN_PROPORTION * chosen.level / lower.level:
         return "latency", (
-            f"More would bring more: it is the highest level measured, and brings {chosen.goodput / lower.goodput:.2g} "
-            f"times what {lower.level} brings. Raise the levels beyond {chosen.level}."
+            f"More would bring more: it is the highest level measured, and brings "
+            f"{number(chosen.goodput / lower.goodput, 2)} times what {lower.level} brings. Raise the levels beyond "
+            f"{chosen.level}."
         )
     return "server", (
         f"The provider is nearing its capacity: {chosen.level} bring {chosen.goodput / lower.goodput - 1:+.0%} calls, "
@@ -277,10 +279,10 @@ def _undecided(points: Sequence[Point], found: Standing, bounds: Bounds) -> Oper
     candidate = next(p for p in found.feasible if not found.out(p))
     rival = found.rival(candidate)
     calls = calls_to_decide(found, candidate)
+    brings, rivals = (f"{number(p.goodput)} ± {number(1.96 * p.goodput_error, 2)}" for p in (candidate, rival))
     reason = (
-        f"Undecided: {candidate.setting} calls at once bring {candidate.goodput:.3g} ± "
-        f"{1.96 * candidate.goodput_error:.2g} successful calls/s, {rival.setting} bring {rival.goodput:.3g} ± "
-        f"{1.96 * rival.goodput_error:.2g}; that cannot tell whether the first has {GOOD_ENOUGH:.0%} of the second."
+        f"Undecided: {candidate.setting} calls at once bring {brings} successful calls/s, {rival.setting} bring "
+        f"{rivals}; that cannot tell whether the first has {GOOD_ENOUGH:.0%} of the second."
     )
     limit = limit_found(points)
     return OperatingPoint(
@@ -296,7 +298,7 @@ def _unproven(chosen: Point, binds: str, why: str, bounds: Bounds) -> OperatingP
     return OperatingPoint(
         None,
         binds,
-        f"{chosen.setting} calls at once look right, at {chosen.goodput:.3g} successful calls/s, but {why}.",
+        f"{chosen.setting} calls at once look right, at {number(chosen.goodput)} successful calls/s, but {why}.",
         next_steps=(f"Measure longer: about {calls} attempts at this setting would do.",),
     )
 
@@ -358,7 +360,7 @@ def _notes(chosen: Point, points: Sequence[Point], bounds: Bounds, binds: str) -
         yield f"Only {chosen.succeeded} calls: p95 is a rough figure (72 are needed); measure longer."
     if not any(p.refused for p in points):
         yield (
-            f"No limit was met, in {chosen.attempts} calls within {chosen.window_seconds:.3g} s: one on "
+            f"No limit was met, in {chosen.attempts} calls within {number(chosen.window_seconds)} s: one on "
             f"{chosen.attempt_rate * 60:.0f} requests a minute or less whose bucket is deeper than that would not "
             "have shown."
         )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from llmq.pages import plain
 from llmq.tune.statistics import SAMPLES_FOR_P95
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point, Setting
@@ -71,9 +72,9 @@ def short(setting: Setting) -> str:
     """A setting in few letters: `8`, `8 at 290/min`, `8 at 290/min, 12000 tok/min`."""
     paces = []
     if setting.requests_per_minute is not None:
-        paces.append(f"{setting.requests_per_minute:.4g}/min")
+        paces.append(f"{number(setting.requests_per_minute, 4)}/min")
     if setting.tokens_per_minute is not None:
-        paces.append(f"{setting.tokens_per_minute:.6g} tok/min")
+        paces.append(f"{number(setting.tokens_per_minute, 6)} tok/min")
     return f"{setting.level} at {', '.join(paces)}" if paces else str(setting.level)
 
 

@@ -23,6 +23,7 @@ from llmq.errors import ConfigError
 from llmq.tune.evidence import judged, limit_found
 from llmq.tune.point import Point
 from llmq.tune.statistics import SURE
+from llmq.words import number
 
 GOOD_ENOUGH = 0.97
 PACE_SHARE = 0.99
@@ -70,22 +71,22 @@ class Bounds:
             return f"error share over {self.max_error_ratio:.0%}"
         p95, _ = bounded_p95(point)
         if self.slo_p95 is not None and p95 is not None and p95 > self.slo_p95:
-            return f"p95 over {self.slo_p95:.3g} s"
+            return f"p95 over {number(self.slo_p95)} s"
         return None
 
     def unproven_by(self, point: Point) -> str | None:
         """Which bound a feasible point may break for all that its samples say, in words, or None."""
         if point.share_429_high > self._provable(self.max_429_ratio):
-            return f"{point.attempts} attempts cannot prove a 429 share under {self.max_429_ratio:.3g}"
+            return f"{point.attempts} attempts cannot prove a 429 share under {number(self.max_429_ratio)}"
         if point.error_share_high > self._provable(self.max_error_ratio):
             calls = point.succeeded + point.failed
-            return f"{calls} calls cannot prove an error share under {self.max_error_ratio:.3g}"
+            return f"{calls} calls cannot prove an error share under {number(self.max_error_ratio)}"
         if self.slo_p95 is not None:
             p95, high = bounded_p95(point)
             if p95 is None or high is None or high > self.slo_p95:
-                return f"{point.succeeded} calls cannot prove a p95 under {self.slo_p95:.3g} s"
+                return f"{point.succeeded} calls cannot prove a p95 under {number(self.slo_p95)} s"
         if point.goodput_high - point.goodput_low > _TOO_WIDE * point.goodput:
-            return f"its goodput is not known well enough ({point.goodput_low:.3g} to {point.goodput_high:.3g})"
+            return f"its goodput is not known well enough ({number(point.goodput_low)} to {number(point.goodput_high)})"
         return None
 
     @property

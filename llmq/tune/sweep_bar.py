@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmq.progress import Bar, Progress
+from llmq.words import number
 
 if TYPE_CHECKING:
     from llmq.tune.point import Point
@@ -51,5 +52,5 @@ def sweep_progress(
 def point_line(point: Point) -> str:
     """What a window has brought, on a line."""
     pace = f" ({point.setting.pace})" if point.setting.paced else ""
-    p95 = "" if point.service_p95 is None else f", p95 {point.service_p95:.3g} s"
+    p95 = "" if point.service_p95 is None else f", p95 {number(point.service_p95)} s"
     return f"{point.level:>3} at once{pace}: {point.goodput:7.2f} ok/s, 429 {point.share_429:6.1%}{p95}"

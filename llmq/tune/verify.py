@@ -20,6 +20,7 @@ from llmq.tune.runner import Load, Runner
 from llmq.tune.standing import ATTEMPTS_TO_PROVE, Bounds
 from llmq.tune.statistics import block_counts, count_interval
 from llmq.waiters import clock
+from llmq.words import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ class Verification:
         return pd.DataFrame([(c.what, c.holds, c.evidence) for c in self.checks], columns=["what", "holds", "evidence"])
 
     def __str__(self) -> str:
-        head = f"Held {self.setting} calls at once for {self.point.window_seconds:.3g} s: "
+        head = f"Held {self.setting} calls at once for {number(self.point.window_seconds)} s: "
         head += "it keeps what it promises." if self.passed else "it does not keep, or not surely, what it promises."
         return "\n".join([head, *map(str, self.checks)])
 
@@ -160,7 +161,7 @@ def _checks(point: Point, bounds: Bounds, on: Rate, off: Rate, open_items: int) 
     if bounds.slo_p95 is not None:
         p95 = point.service_p95
         holds = None if p95 is None else bounds.broken_by(point) is None and bounds.unproven_by(point) is None
-        yield Check(f"p95 under {bounds.slo_p95:g} s", holds, f"{p95 or math.nan:.3g} s")
+        yield Check(f"p95 under {bounds.slo_p95:g} s", holds, f"{number(p95 or math.nan)} s")
     client = "" if point.cpu_share is None else f"{point.cpu_share:.0%} of a core, "
     lag = "" if point.loop_lag_p99 is None else f"loop lag p99 {1000 * point.loop_lag_p99:.0f} ms, "
     fine = point.limited_by != "client"
@@ -178,10 +179,10 @@ def _against_off(on: Rate, off: Rate, open_items: int) -> Check:
     """Whether the flag slows this pipeline, by the ratio of finished calls a second (errors of a quotient)."""
     what = f"as fast as with the flag off and {open_items} items open, within {SLOWER:.0%}"
     if off[0] <= 0 or on[0] <= 0:
-        return Check(what, None if off[0] <= 0 else False, f"{on[0]:.3g} calls/s against {off[0]:.3g}")
+        return Check(what, None if off[0] <= 0 else False, f"{number(on[0])} calls/s against {number(off[0])}")
     ratio = on[0] / off[0]
     half = ratio * math.hypot(*((rate[2] - rate[1]) / 2 / rate[0] for rate in (on, off)))
-    text = f"{on[0]:.3g} calls/s against {off[0]:.3g}, {ratio - 1:+.0%} (95 %: {ratio - half - 1:+.0%} to "
+    text = f"{number(on[0])} calls/s against {number(off[0])}, {ratio - 1:+.0%} (95 %: {ratio - half - 1:+.0%} to "
     text += f"{ratio + half - 1:+.0%})"
     holds = True if ratio - half >= 1 - SLOWER else False if ratio + half < 1 - SLOWER else None
     return Check(what, holds, text)

@@ -47,6 +47,7 @@ from llmq.tune.sweep import DEFAULT_LEVELS, VIRTUAL_CALLS, Sweep, sweep
 from llmq.tune.trace import Trace, most_at_once
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
+from llmq.words import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +175,7 @@ class WhatIf(Sweep):
         return (
             f"Nothing is known of {', '.join(map(str, self.unknown_levels))} at once: no limit was met, told or given, "
             f"and the recording never had more than {self.unknown_above} calls in flight and "
-            f"{self.model.highest_rate:.3g} calls/s."
+            f"{number(self.model.highest_rate)} calls/s."
         )
 
 
@@ -333,7 +334,7 @@ def with_limits(
         known = rates.get(kind)
         seconds = 60.0 if known is None else known.depth / known.per_minute * 60.0
         depth = max(1.0, per_minute / 60.0 * seconds)
-        whose = "a minute's worth" if known is None else f"{seconds:.3g} s' worth as recorded"
+        whose = "a minute's worth" if known is None else f"{number(seconds)} s' worth as recorded"
         rates[kind] = RateLimit(kind, per_minute, depth, "given", f", its bucket holds {whose}", kind)
     concurrency = model.concurrency
     if max_concurrency is not None:
@@ -347,8 +348,8 @@ def with_limits(
         call = 1.0 if kind == "requests" else statistics.fmean(sample.tokens for sample in samples or (Sample(0, 0),))
         if per_minute is not None and per_minute < call:
             raise ConfigError(
-                f"{kind}_per_minute={per_minute:g} lets in less than one call a minute, a call is {call:.4g} {kind}; "
-                "give a higher limit"
+                f"{kind}_per_minute={per_minute:g} lets in less than one call a minute, a call is {number(call, 4)} "
+                f"{kind}; give a higher limit"
             )
     return replace(model, rates=tuple(rates.values()), concurrency=concurrency)
 
@@ -493,14 +494,14 @@ def _remarks(model: ProviderModel, agreement: Agreement, points: Sequence[Point]
         )
     if recorded.limited_by == "pipeline":
         yield (
-            f"The recording had {recorded.in_flight:.3g} calls in flight of the {recorded.level} allowed: its own pace "
-            "was the limit, while here the queue is never empty."
+            f"The recording had {number(recorded.in_flight)} calls in flight of the {recorded.level} allowed: its own "
+            "pace was the limit, while here the queue is never empty."
         )
     most = max((point.in_flight for point in points), default=0.0)
     if model.concurrency is None and most > IN_FLIGHT_AS_SEEN * model.highest_in_flight:
         yield (
-            f"Up to {most:.3g} calls in flight were simulated, {model.highest_in_flight} were seen: a limit on calls "
-            "at once between the two would not have shown."
+            f"Up to {number(most)} calls in flight were simulated, {model.highest_in_flight} were seen: a limit on "
+            "calls at once between the two would not have shown."
         )
 
 
