@@ -225,3 +225,11 @@ def test_a_rate_changes_where_windows_tell_rates_apart(other, changes):
     one = point(32, 8.0, refused=500, rate=RateSeen(500, 0, 50.0, 20, None, None))
     two = point(64, 8.0, refused=500, rate=RateSeen(int(50 * other), 0, 50.0, 20, None, None))
     assert limit_found([point(4, 4.0), one, two]).changes is changes
+
+
+@pytest.mark.parametrize(("refused", "changes"), [(300, True), (50, False)])
+def test_a_rate_changes_where_a_window_at_a_pace_far_above_it_tells_rates_apart(refused, changes):
+    """A pace that is refused now and then is not limited in between, and tells nothing."""
+    known = [point(4, 4.0), point(32, 8.0, refused=500, rate=rate(500, 60.0))]
+    paced = point(40, 6.0, refused=refused, requests_per_minute=500.0, rate=rate(500, 80.0, slowest=4.0, fastest=8.0))
+    assert limit_found([*known, paced]).changes is changes

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from llmq.records import AttemptRecord
+from llmq.records import AttemptRecord, Records
 from llmq.tune.limits import RateSeen, Separation, closed_seconds, rate_seen, separation
+from llmq.tune.point import Window, settled_part
 
 
 def attempt(started_at, outcome="ok", *, seconds=1.0, tokens=None):
@@ -141,3 +142,15 @@ def test_how_long_a_limit_closes_for_is_seen_between_admissions_and_at_the_end()
     assert closed_seconds([*let_in(1.0), *refused(2.0, 5.0), *let_in(9.0, 20.0)]) == 8.0
     assert closed_seconds([*let_in(1.0), *refused(2.0, 5.0)]) == 4.0, "until the last refusal at least"
     assert closed_seconds(refused(2.0, 5.0)) == 0
+
+
+@pytest.mark.parametrize(("slow_seconds", "refusing", "cut"), [(20, True, 20), (40, True, 0), (40, False, 40)])
+def test_a_beginning_that_is_refused_for_long_is_no_warm_up(slow_seconds, refusing, cut):
+    """Of 100 s: an emptied bucket soon has enough again, and a cold server refuses nothing."""
+    slow = let_in(*(2.0 * n for n in range(slow_seconds // 2)))
+    turned_away = refused(*(2.0 * n + 1 for n in range(slow_seconds // 2 if refusing else 0)))
+    fast = let_in(*(slow_seconds + 0.2 * n for n in range(5 * (100 - slow_seconds))))
+    window, steady = settled_part(Records([], [*slow, *turned_away, *fast]), Window(0.0, 100.0, 1.0))
+    assert window.start == pytest.approx(cut, abs=4.0)
+    assert window.warm_up_seconds == pytest.approx(1.0 + window.start)
+    assert steady is (cut > 0)

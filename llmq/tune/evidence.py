@@ -216,14 +216,18 @@ def limit_found(points: Iterable[Point]) -> Limit | None:
 
 
 def _changes(rate: RateSeen, refused: Iterable[Point]) -> bool:
-    """Whether parts of windows tell rates apart, or a window that was refused, and so was kept full, was unsteady: a
-    steady limit lets in what it lets in, to a few per cent."""
-    if rate.slowest is not None and rate.fastest is not None and rate.slowest < _CHANGING * rate.fastest:
+    """Whether parts of windows that were kept full, and so clearly refused, tell rates apart, or such a window was
+    unsteady: a steady limit lets in what it lets in, to a few per cent."""
+    full = [p for p in refused if p.share_429 >= _CLEARLY_REFUSED]
+    seen = [rate, *(p.rate for p in full if p.rate is not None)]
+    slowest = min((r.slowest for r in seen if r.slowest is not None), default=math.inf)
+    fastest = max((r.fastest for r in seen if r.fastest is not None), default=0.0)
+    if slowest < _CHANGING * fastest:
         return True
     return any(
         p.goodput_error > _UNSTEADY * p.goodput
-        for p in refused
-        if p.attempts >= _CALLS_TO_BE_STEADY and p.share_429 >= _CLEARLY_REFUSED and not p.setting.paced
+        for p in full
+        if p.attempts >= _CALLS_TO_BE_STEADY and not p.setting.paced
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llmq.ledger import Price
 from llmq.records import AttemptRecord, OperationRecord, Records
 from llmq.tune.limits import RateSeen, Separation, by_a_rate, rate_seen, separation
 from llmq.tune.statistics import (
+    BLOCKS,
     Interval,
     block_counts,
     block_sums,
@@ -18,9 +20,12 @@ from llmq.tune.statistics import (
     overlap_seconds,
     percentile,
     percentile_interval,
+    settled_from,
     wilson,
 )
+from llmq.words import number
 
+_SOON = 0.25
 CLIENT_CPU_SHARE = 0.85
 CLIENT_LAG_SHARE = 0.1
 ACHIEVED_SHARE = 0.9
@@ -63,9 +68,9 @@ class Setting:
         """The pace in words; empty without one."""
         parts = []
         if self.requests_per_minute is not None:
-            parts.append(f"{self.requests_per_minute:.4g} requests/min")
+            parts.append(f"{number(self.requests_per_minute, 4)} requests/min")
         if self.tokens_per_minute is not None:
-            parts.append(f"{self.tokens_per_minute:.6g} tokens/min")
+            parts.append(f"{number(self.tokens_per_minute, 6)} tokens/min")
         return " and ".join(parts)
 
 
@@ -282,6 +287,37 @@ def measure(
         point.separation = separation(started)
         point.rate = rate_seen(started) if any(map(by_a_rate, refusals)) else None
     return point
+
+
+def settled_part(records: Records, window: Window) -> tuple[Window, bool]:
+    """The window without what had not settled at its beginning, and whether the halves of what is left are alike.
+
+    Nothing is left out where that would be more than a quarter, and was refused more than the rest: an emptied bucket
+    soon has enough again, so a limit has changed there.
+    """
+    ends = [a.ended_at for a in records.attempts if a.outcome == "ok"]
+    seconds = window.end - window.start
+    if seconds <= 0:
+        return window, True
+    cut = settled_from(block_counts(ends, window.start, window.end)) * seconds / BLOCKS
+    if cut > 0 and (cut <= _SOON * seconds or not _refused_more(records, window, window.start + cut)):
+        window = replace(window, start=window.start + cut, warm_up_seconds=window.warm_up_seconds + cut)
+    middle = (window.start + window.end) / 2
+    halves = [
+        block_counts(ends, *edges, blocks=BLOCKS // 2) for edges in ((window.start, middle), (middle, window.end))
+    ]
+    (first, second), (a, b) = map(sum, halves), map(count_interval, halves)
+    return window, abs(first - second) <= 1.5 * math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+
+
+def _refused_more(records: Records, window: Window, moment: float) -> bool:
+    """Whether a rate refused more calls a second before a moment than after it."""
+    refused = [a.ended_at for a in records.attempts if a.outcome == "rejected" and by_a_rate(a)]
+    before, after = (
+        sum(start < at <= end for at in refused) / (end - start)
+        for start, end in ((window.start, moment), (moment, window.end))
+    )
+    return before > after
 
 
 def _limited_by(point: Point) -> str | None:

@@ -10,7 +10,7 @@
   One that is closed for longer, as it says or was seen to be, is waited for.
 - Of each window, what happens until the level is reached and one service time has passed is discarded (one of the
   window before, where that is longer: a server may work on at what was cancelled), and then what the series itself
-  shows to be unsettled (`settled_from`).
+  shows to be unsettled (`settled_part`).
 - A window lasts three times as long as the provider was seen to close for (a Retry-After, or nothing let in), up to
   three minutes: a limit on a minute is judged on minutes.
 - Event-loop lag and CPU tell when this client is the limit, and not the provider.
@@ -53,8 +53,8 @@ from llmq.runtime import using
 from llmq.tune.guard import WARM_UP_SECONDS, Caps, Prediction, Stopped, Used, predict
 from llmq.tune.limits import by_a_rate, closed_seconds
 from llmq.tune.plan import Step
-from llmq.tune.point import Point, Purpose, Setting, Window, measure
-from llmq.tune.statistics import BLOCKS, block_counts, count_interval, percentile, settled_from, spread
+from llmq.tune.point import Point, Purpose, Setting, Window, measure, settled_part
+from llmq.tune.statistics import percentile, spread
 from llmq.unqueued import unqueued
 from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
@@ -213,7 +213,7 @@ class Runner:
         # Only now, with the rest cancelled and recorded, is it known how long what was in flight at the end ran.
         records = run.queue.records()
         self._learn_hold(records)
-        window, steady = _steady_part(records, window)
+        window, steady = settled_part(records, window)
         point = measure(
             step.setting,
             records,
@@ -406,23 +406,6 @@ class Runner:
         told = min(_LONGEST_HOLD, max((a.retry_after_seconds or 0.0 for a in refused), default=0.0))
         self._longest_hold = max(self._longest_hold, told, min(_LONGEST_HOLD, closed_seconds(records.attempts)))
         return told
-
-
-def _steady_part(records: Records, window: Window) -> tuple[Window, bool]:
-    """The window without what had not settled, and whether the halves of what is left are alike."""
-    ends = [a.ended_at for a in records.attempts if a.outcome == "ok"]
-    seconds = window.end - window.start
-    if seconds <= 0:
-        return window, True
-    cut = settled_from(block_counts(ends, window.start, window.end)) * seconds / BLOCKS
-    if cut > 0:
-        window = replace(window, start=window.start + cut, warm_up_seconds=window.warm_up_seconds + cut)
-    middle = (window.start + window.end) / 2
-    halves = [
-        block_counts(ends, *edges, blocks=BLOCKS // 2) for edges in ((window.start, middle), (middle, window.end))
-    ]
-    (first, second), (a, b) = map(sum, halves), map(count_interval, halves)
-    return window, abs(first - second) <= 1.5 * math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
 
 
 class Run(Ledger):
