@@ -13,7 +13,7 @@ from llmq.tune.limits import Separation
 from llmq.tune.plan import FAR_ABOVE, MOST_MORE, Step, next_step, steps_left
 from llmq.tune.point import Setting
 from llmq.tune.recommend import recommend
-from llmq.tune.standing import ATTEMPTS_TO_PROVE, PACE_SHARE, Bounds
+from llmq.tune.standing import A_LITTLE_SLOWER, ATTEMPTS_TO_PROVE, PACE_SHARE, Bounds
 from tests.windows import point, rate
 
 BOUNDS = Bounds()
@@ -150,11 +150,12 @@ def test_a_higher_limit_that_headers_tell_is_tried_once_the_pace_is_clean():
 def test_where_the_limit_changes_a_pace_a_little_slower_than_the_edge_is_measured_last():
     changing = [replace(p, rate=rate(500, 100.0, slowest=3.0, fastest=7.0)) for p in RATE]
     edge = point(12, 4.95, requests_per_minute=297.0, error=0.001)
-    refused = point(12, 4.9, refused=100, requests_per_minute=300.0, rate=rate(400, 100.0))
+    refused = point(12, 4.9, refused=100, requests_per_minute=299.0, rate=rate(400, 100.0))
     found = step([point(4, 4.0), *changing, edge, refused])
-    assert found.setting.requests_per_minute == math.floor(PACE_SHARE * 297)
-    slower = point(12, 4.9, requests_per_minute=294.0, error=0.001)
-    assert step([point(4, 4.0), *changing, edge, refused, slower]).setting.requests_per_minute in (294.0, None)
+    assert found.setting.requests_per_minute == math.floor(A_LITTLE_SLOWER * 297)
+    slower = point(12, 4.9, requests_per_minute=295.0, error=0.001)
+    assert step([point(4, 4.0), *changing, edge, refused, slower]).setting.requests_per_minute in (295.0, None)
+    assert step([point(4, 4.0), *changing, replace(edge, requests_per_minute=296.0), refused]).setting != found.setting
 
 
 def test_paces_do_not_fall_without_end():

@@ -20,6 +20,7 @@ from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
 from llmq.tune.standing import (
     A_LITTLE_SLOWER,
+    AT_THE_EDGE,
     ATTEMPTS_TO_PROVE,
     PACE_SHARE,
     Bounds,
@@ -37,6 +38,10 @@ _MORE_CLOSE_BY = 2
 _CALLS_FOR_THE_RATE = 250
 _SLOWEST_PACE = 0.2
 _CLOSE_PACES = 1.012
+_CLOSER_PACES = 1.008
+_FAR_SLOWER = 0.985
+_CLEARLY_SLOWER = 0.97
+_SLOWER = 0.9
 _FASTER = 1.04
 _FEW_CALLS = 20
 _CLOSE_LEVELS = 1.25
@@ -171,12 +176,12 @@ def _next_pace(
         own: list[float | None] = [slowest.attempt_rate * (1 - slowest.share_429)]
         own += [] if slowest.rate is None else [slowest.rate.per_second, slowest.rate.slowest]
         below = [60 * PACE_SHARE * found for found in [*own, rate.slowest] if found is not None]
-        found = max([p for p in below if p < 0.97 * pace(slowest)], default=0.9 * pace(slowest))
+        found = max([p for p in below if p < _CLEARLY_SLOWER * pace(slowest)], default=_SLOWER * pace(slowest))
         return found if found > _SLOWEST_PACE * 60 * rate.per_second else None
-    if pace(slowest) > _CLOSE_PACES * fastest:
+    if pace(slowest) > (_CLOSER_PACES if limit.changes else _CLOSE_PACES) * fastest:
         return math.sqrt(fastest * pace(slowest))
-    if limit.changes and not any(0.985 * fastest < pace(p) < A_LITTLE_SLOWER * fastest for p in clean):
-        return PACE_SHARE * fastest
+    if limit.changes and not any(_FAR_SLOWER * fastest < pace(p) < AT_THE_EDGE * fastest for p in clean):
+        return A_LITTLE_SLOWER * fastest
     return None
 
 

@@ -34,6 +34,11 @@ ATTEMPTS_TO_PROVE = 400
 
 DRAWS = 2000
 A_LITTLE_SLOWER = 0.995
+"""Than the fastest clean pace: what is asked for where the limit changes."""
+
+AT_THE_EDGE = 0.998
+"""What is closer to the fastest clean pace than this was found by being just not refused, as that was."""
+
 _RATE_ERROR = 0.005
 _FAR_LESS_CERTAIN = 3.0
 _TOO_WIDE = 0.2
@@ -221,8 +226,8 @@ def standing(points: Iterable[Point], bounds: Bounds) -> Standing:
 
 def _off_the_edge(paced: Sequence[Point]) -> Sequence[Point]:
     """Those a little slower than the fastest, if there are any: the fastest was found by being just not refused."""
-    edge = A_LITTLE_SLOWER * max(map(_pace_of, paced))
-    return [p for p in paced if _pace_of(p) <= edge] or paced
+    edge = AT_THE_EDGE * max(map(_pace_of, paced))
+    return [p for p in paced if _pace_of(p) < edge] or paced
 
 
 def in_force(points: Iterable[Point], bounds: Bounds) -> Bounds:
