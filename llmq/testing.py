@@ -3,6 +3,7 @@
 provider = serve_provider(requests_per_minute=300)      # over HTTP; provider.url, provider.stats(), provider.stop()
 provider = SimulatedProvider(ProviderSpec(...))         # in this process; await provider.complete(...)
 with asyncio.Runner(loop_factory=VirtualLoop) as runner: ...
+await in_virtual_time(main)                             # the same in a notebook
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from llmq.errors import VirtualTimeError
 from llmq.providers.chat import ChatAnswer, ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
-from llmq.virtual import VirtualDeadlock, VirtualLoop
+from llmq.virtual import VirtualDeadlock, VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:
     from llmq.providers.server import ServedProvider
@@ -24,6 +25,7 @@ __all__ = [
     "VirtualDeadlock",
     "VirtualLoop",
     "VirtualTimeError",
+    "in_virtual_time",
     "serve_provider",
 ]
 

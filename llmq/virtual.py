@@ -2,6 +2,7 @@
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main())          # an hour of asyncio.sleep takes a moment
+    await in_virtual_time(main)     # the same where a loop runs already
 
 Only what waits by the loop's own timers is virtual. Sockets, processes and worker threads run in real time, and no
 jump would wait for them, so they are refused with `VirtualTimeError`:
@@ -15,13 +16,17 @@ not wait for it. trio has its own virtual clock, `trio.testing.MockClock(autojum
 """
 
 import asyncio
+import contextlib
+import contextvars
 import selectors
 import threading
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from llmq.errors import VirtualTimeError
 from llmq.waiters import use_loop_clocks
+
+R = TypeVar("R")
 
 
 class VirtualDeadlock(RuntimeError):
@@ -46,6 +51,43 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def jump(self, seconds: float) -> None:
         """Move the clock on."""
         self._virtual_seconds += seconds
+
+
+async def in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Await `main()` on a virtual clock, from a loop that runs in real time, such as a notebook's; its result.
+
+    It runs on a `VirtualLoop` of its own, in a thread of its own, and is cancelled with the caller.
+    Raises what it raises, `VirtualDeadlock`, and `VirtualTimeError` for what cannot be virtual.
+    """
+    loop = VirtualLoop()
+    task: asyncio.Task[R] | None = None
+    ready = threading.Event()
+    context = contextvars.copy_context()
+
+    async def started() -> R:
+        nonlocal task
+        task = asyncio.ensure_future(main())
+        ready.set()
+        return await task
+
+    def run() -> R:
+        try:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                return runner.run(started(), context=context)
+        finally:
+            loop.close()
+            ready.set()
+
+    waiting = asyncio.ensure_future(asyncio.to_thread(run))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        await asyncio.to_thread(ready.wait)
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
+                loop.call_soon_threadsafe(task.cancel)
+        await asyncio.gather(waiting, return_exceptions=True)
+        raise
 
 
 class _JumpingSelector(selectors.BaseSelector):

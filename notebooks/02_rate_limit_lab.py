@@ -116,17 +116,7 @@ plot_goodput(sweep)
 # `in_virtual_time` runs a coroutine on a clock that jumps to the next event instead of waiting for it.
 
 # %%
-import asyncio
-
-from llmq.testing import VirtualLoop
-
-
-async def in_virtual_time(main):
-    def run():
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            return runner.run(main())
-
-    return await asyncio.to_thread(run)
+from llmq.testing import in_virtual_time
 
 
 async def five_minutes_worth():

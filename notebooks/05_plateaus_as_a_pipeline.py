@@ -41,7 +41,7 @@ import pandas as pd
 import llmq
 from llmq.generators.run import run_services
 from llmq.generators.services import read_catalogues, repeated, sample_services
-from llmq.testing import ProviderSpec, SimulatedProvider, VirtualLoop
+from llmq.testing import ProviderSpec, SimulatedProvider, in_virtual_time
 from llmq.tune.recorder import RecordingLedger
 from llmq.tune.timelines import plot_gantt, plot_timeline
 from llmq.tune.trace import records_of
@@ -50,7 +50,7 @@ services = list(itertools.islice(repeated(sample_services()), SERVICES))
 folder = tempfile.TemporaryDirectory()
 
 
-def generate(name, settings):
+async def generate(name, settings):
     """Run the generator in virtual time. Returns its lines, when each was there (s), and what was recorded."""
     llmq.RuntimeEnv.reset()
     queue = llmq.RuntimeEnv.initialize(settings).llm_queue
@@ -70,8 +70,7 @@ def generate(name, settings):
             on_done=lambda report: done_seconds.append(asyncio.get_running_loop().time() - began_at),
         )
 
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:  # a clock that jumps to the next event
-        runner.run(run())
+    await in_virtual_time(run)  # a clock that jumps to the next event
     llmq.RuntimeEnv.reset()
     return out.read_text().splitlines(), done_seconds, queue.records() if queue else records_of(ledger.attempts)
 
@@ -83,7 +82,7 @@ def generate(name, settings):
 
 # %%
 off = llmq.Settings(concurrency=CONCURRENCY)
-off_lines, off_seconds, off_records = await asyncio.to_thread(generate, "off", off)
+off_lines, off_seconds, off_records = await generate("off", off)
 plot_gantt(off_records)
 
 # %% [markdown]
@@ -96,7 +95,7 @@ plot_gantt(off_records)
 
 # %%
 on = llmq.Settings(concurrency=CONCURRENCY, llm_queue_enabled=True, llm_queue_concurrency=LLM_QUEUE_CONCURRENCY)
-on_lines, on_seconds, on_records = await asyncio.to_thread(generate, "on", on)
+on_lines, on_seconds, on_records = await generate("on", on)
 plot_gantt(on_records)
 
 # %% [markdown]
@@ -117,7 +116,7 @@ plot_timeline(on_records, limit=LLM_QUEUE_CONCURRENCY)
 
 # %%
 wide = llmq.Settings(concurrency=LLM_QUEUE_CONCURRENCY)
-wide_lines, wide_seconds, wide_records = await asyncio.to_thread(generate, "wide", wide)
+wide_lines, wide_seconds, wide_records = await generate("wide", wide)
 
 runs = {
     f"off, {CONCURRENCY} services at once": off_seconds,

@@ -31,14 +31,13 @@ AT_ONCE = 16
 # A stand-in for your provider, and a run through a queue with 16 slots.
 
 # %%
-import asyncio
 import tempfile
 from pathlib import Path
 
 import pandas as pd
 
 import llmq
-from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider, VirtualLoop
+from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider, in_virtual_time
 from llmq.tune.timelines import plot_timeline
 from llmq.tune.trace import Trace, write_trace
 from llmq.tune.whatif import what_if
@@ -57,7 +56,7 @@ def outlining(requests_per_minute):
     return outline
 
 
-def recorded(at_once, calls=1000):
+async def recorded(at_once, calls=1000):
     """The records of a run over so many topics, in virtual time."""
     queue = llmq.LLMQueue(at_once)
 
@@ -67,12 +66,11 @@ def recorded(at_once, calls=1000):
             async for outcome in outcomes:
                 outcome.unwrap()
 
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(run())
+    await in_virtual_time(run)
     return queue.records()
 
 
-records = await asyncio.to_thread(recorded, AT_ONCE)
+records = await recorded(AT_ONCE)
 picture = plot_timeline(records, limit=AT_ONCE)
 picture.axes[0].set_xlim(0, 30)
 picture
@@ -147,7 +145,7 @@ lines = both[["what if", "measured"]].plot(
 # not what you want to pay for:
 
 # %%
-timid = await what_if(Trace.from_records(await asyncio.to_thread(recorded, 4, 400), 4), LEVELS, calls=500)
+timid = await what_if(Trace.from_records(await recorded(4, 400), 4), LEVELS, calls=500)
 print(timid.recommend())
 
 # %% [markdown]

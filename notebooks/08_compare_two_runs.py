@@ -31,7 +31,6 @@ from pathlib import Path
 import llmq
 from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider
 from llmq.tune.compare import compare_sweeps
-from llmq.tune.plots import plot_before_after
 
 folder = tempfile.TemporaryDirectory()
 LEVELS = [2, 4, 8, 16]
@@ -85,18 +84,8 @@ print(comparison)
 #
 # As a picture, hollow is before and filled is after:
 
-
 # %%
-def picture(comparison, title):
-    rows = [row for row in comparison.rows if row.relative and row.what.startswith("at ") and "/min" not in row.what]
-    units = ["s" if "p95" in row.what else "calls/s" for row in rows]
-    changes = [
-        (row.what, unit, row.before, row.after, row.low, row.high) for row, unit in zip(rows, units, strict=True)
-    ]
-    return plot_before_after(changes, title)
-
-
-picture(comparison, "Monday and today")
+comparison.plot("Monday and today")
 
 # %% [markdown]
 # Where few calls run at once, slower calls mean fewer of them. At the limit they do not: there the provider's rate
@@ -117,7 +106,7 @@ for name, sweep in {"Monday": monday, "today": today}.items():
 # %%
 again = await measured("again", SECONDS_MONDAY, seed=3)
 unchanged = compare_sweeps(monday, again)
-picture(unchanged, "Monday, and the same again")
+unchanged.plot("Monday, and the same again")
 
 # %%
 print(unchanged.verdict.capitalize() + ":", unchanged.reason)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import llmq
-import llmq.tune.sweep as sweeping
+import llmq.virtual
 from llmq import Pipeline, Price, Retry, report_tokens
 from llmq.errors import ConfigError, ProviderError
 from llmq.pipeline import Stage
@@ -25,7 +25,7 @@ from llmq.tune.guard import Caps, Stopped, Used
 from llmq.tune.point import Setting
 from llmq.tune.runner import Load, Runner
 from llmq.tune.verify import verify
-from llmq.virtual import VirtualLoop
+from llmq.virtual import VirtualLoop, in_virtual_time
 
 pytestmark = pytest.mark.anyio
 
@@ -302,7 +302,7 @@ def cancelled_at(moment, main):
     """Cancel what awaits `main` on a virtual clock: at a moment of its thread."""
 
     async def run():
-        waiting = asyncio.create_task(sweeping._in_virtual_time(main))
+        waiting = asyncio.create_task(in_virtual_time(main))
         await asyncio.to_thread(moment.wait, 30)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -328,7 +328,7 @@ def test_cancelled_after_its_loop_has_ended(monkeypatch):
             return super().call_soon_threadsafe(*arguments, **options)
 
     monkeypatch.setattr(asyncio.Runner, "__exit__", exits)
-    monkeypatch.setattr(sweeping, "VirtualLoop", Telling)
+    monkeypatch.setattr(llmq.virtual, "VirtualLoop", Telling)
 
     async def main():
         return 1
@@ -350,7 +350,7 @@ def test_cancelled_where_its_thread_died_before_it_started(monkeypatch):
     async def run():
         plain, asyncio.Runner = asyncio.Runner, Broken
         try:
-            waiting = asyncio.create_task(sweeping._in_virtual_time(main))
+            waiting = asyncio.create_task(in_virtual_time(main))
             for _ in range(3):
                 await asyncio.sleep(0)
             waiting.cancel()

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from llmq.errors import VirtualTimeError
+from llmq.testing import in_virtual_time
 from llmq.virtual import VirtualDeadlock, VirtualLoop
 
 
@@ -28,6 +29,29 @@ def test_an_hour_takes_a_moment_and_is_an_hour():
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(main()) == [(1, 1.0), (60, 60.0), (3600, 3600.0)]
     assert time.monotonic() - started < 60
+
+
+def test_from_a_loop_that_runs_already():
+    """As in a notebook's cell. An error comes through as it is."""
+    loops = []
+
+    async def nap():
+        await asyncio.sleep(3600)
+        loops.append(asyncio.get_running_loop())
+        return loops[-1].time()
+
+    async def broken():
+        raise KeyError("x")
+
+    async def cell():
+        loops.append(asyncio.get_running_loop())
+        with pytest.raises(KeyError, match="x"):
+            await in_virtual_time(broken)
+        return await in_virtual_time(nap)
+
+    assert asyncio.run(cell()) == 3600.0
+    assert isinstance(loops[1], VirtualLoop)
+    assert not isinstance(loops[0], VirtualLoop)
 
 
 def test_what_would_hang_raises_and_names_the_time():

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +37,7 @@ from llmq.words import number
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Verdict = Literal["better", "worse", "undecided"]
 
@@ -53,6 +54,7 @@ class Change:
 
     `change` is relative to `before` (0.1: 10 % more), or for `relative=False` the plain difference. `low` and `high`
     bound it, together with all other rows at 95 %; both None where nothing can be said. Equal to `change`: exact.
+    `unit` of `before` and `after`; empty for shares.
     """
 
     what: str
@@ -64,6 +66,7 @@ class Change:
     verdict: Verdict
     relative: bool = True
     remark: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,16 @@ class Comparison:
         import pandas as pd
 
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[each.name for each in fields(Change)])
+
+    def plot(self, title: str = "Before and after") -> Figure:
+        """One figure: relative changes with their intervals; hollow is before, filled is after.
+
+        Raises ConfigError where no row has a relative change.
+        """
+        from llmq.tune.plots import plot_before_after
+
+        rows = [row for row in self.rows if row.relative]
+        return plot_before_after([(r.what, r.unit, r.before, r.after, r.low, r.high) for r in rows], title)
 
     def __str__(self) -> str:
         shown = Table(header_style="bold", box=SIMPLE_HEAD)
@@ -225,12 +238,16 @@ def newcombe(before: tuple[int, int], after: tuple[int, int], z: float) -> tuple
 
 def _goodput(name: str, before: Point, after: Point, z: float) -> Change:
     a, b = before.goodput, after.goodput
-    return _quotient(f"{name}: goodput", a, b, before.goodput_error, after.goodput_error, z, more_is_better=True)
+    errors = before.goodput_error, after.goodput_error
+    return replace(_quotient(f"{name}: goodput", a, b, *errors, z, more_is_better=True), unit="calls/s")
 
 
 def _p95(name: str, before: Point, after: Point, z: float) -> Change:
+    return replace(_times(f"{name}: service p95", before, after, z), unit="s")
+
+
+def _times(what: str, before: Point, after: Point, z: float) -> Change:
     a, b = before.service_p95, after.service_p95
-    what = f"{name}: service p95"
     if a is None or b is None:
         return Change(what, a or math.nan, b or math.nan, math.nan, None, None, "undecided", remark="too few calls")
     errors = [_p95_error(point) for point in (before, after)]

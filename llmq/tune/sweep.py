@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import functools
 import itertools
 import math
 import operator
 import random
-import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +25,7 @@ from llmq.records import Records
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv
 from llmq.tune.evidence import drift, judged, limit_found
-from llmq.tune.guard import Caps, Extra, Prediction, Stopped
+from llmq.tune.guard import Caps, Extra, Prediction, Stopped, checked_caps
 from llmq.tune.limits import RATES
 from llmq.tune.plan import Step, next_step, steps_left
 from llmq.tune.point import Point
@@ -36,7 +34,7 @@ from llmq.tune.runner import Load, Runner
 from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
 from llmq.tune.sweep_bar import sweep_progress
-from llmq.virtual import VirtualLoop
+from llmq.virtual import VirtualLoop, in_virtual_time
 from llmq.waiters import clock
 
 if TYPE_CHECKING:
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 DEFAULT_LEVELS = (1, 2, 4, 8, 16, 32, 64)
 VIRTUAL_CALLS = 2000
@@ -223,6 +220,8 @@ async def sweep(
     `ConfigError` for what cannot be measured.
     `on_progress` hears before and after each window; by default a bar is shown (`llmq.progress`).
     """
+    check_target(call_or_pipeline)
+    caps = checked_caps(caps)
     settings = RuntimeEnv.instance().settings
     order = _checked_levels(DEFAULT_LEVELS if levels is None else levels)
     bounds = Bounds(max_429_ratio, max_error_ratio, slo_p95)
@@ -243,7 +242,7 @@ async def sweep(
         known.hidden_retries,
         predicted=known.predicted,
         present=present,
-        left=caps or Caps(),
+        left=caps,
     )
     make_runner = functools.partial(
         Runner,
@@ -254,14 +253,14 @@ async def sweep(
         request_timeout=settings.request_timeout if request_timeout is None else request_timeout,
         open_items=settings.concurrency if open_items is None else open_items,
         highest=order[-1],
-        caps=caps or Caps(),
+        caps=caps,
         prices=settings.prices if prices is None else prices,
     )
     random.Random(seed).shuffle(order)
     with sweep_progress(on_progress, at_once=on_plan is None) as report:
         work = _Work(result, order, make_runner, store, on_plan, report, virtual=virtual, refine=refine)
         if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
-            await _in_virtual_time(work.run)
+            await in_virtual_time(work.run)
         else:
             await work.run()
     return result
@@ -326,7 +325,7 @@ class _Work:
             self.store.tell(self.result.about())
 
     def _goes_on(self, runner: Runner) -> bool:
-        self.result.predicted = runner.predicted(self.order, refine=self.refine)
+        self.result.predicted = runner.predicted(self.order, refine=self.refine, virtual=self.virtual)
         if self.on_plan is not None and not self.on_plan(self.result.predicted):
             self.result.stopped = "was not wanted, after its first few calls"
             return False
@@ -364,37 +363,10 @@ class _Work:
                 earlier.purpose = "burst"
 
 
-async def _in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    """Run it in a thread of its own, on a loop of its own; cancelled with the caller."""
-    loop = VirtualLoop()
-    task: asyncio.Task[R] | None = None
-    ready = threading.Event()
-    context = contextvars.copy_context()
-
-    async def started() -> R:
-        nonlocal task
-        task = asyncio.ensure_future(main())
-        ready.set()
-        return await task
-
-    def run() -> R:
-        try:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                return runner.run(started(), context=context)
-        finally:
-            loop.close()
-            ready.set()
-
-    waiting = asyncio.ensure_future(asyncio.to_thread(run))
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        await asyncio.to_thread(ready.wait)
-        if task is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
-                loop.call_soon_threadsafe(task.cancel)
-        await asyncio.gather(waiting, return_exceptions=True)
-        raise
+def check_target(target: object) -> None:
+    """Raises ConfigError for what cannot be measured."""
+    if not isinstance(target, Pipeline) and not callable(target):
+        raise ConfigError(f"what is measured is a Pipeline, or an async function of one item; got {target!r}")
 
 
 def _checked_levels(levels: Iterable[int]) -> list[int]:
