@@ -136,7 +136,7 @@ def tune(
             what = f"{target}, {len(items)} services over and over"
             how = f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
             _say_plan(settings, what, how)
-            typer.echo(guess(wanted, seconds, calls))
+            typer.echo(guess(wanted, seconds, calls, virtual=virtual, caps=caps))
             return
         from llmq.tune.sweep import Sweep, sweep
         from llmq.tune.verify import Verification

@@ -9,9 +9,10 @@ import nbclient
 import nbformat
 import pytest
 
-from llmq import Pipeline
+from llmq import Pipeline, Price
 from llmq.errors import ConfigError
 from llmq.notebook import explorer
+from llmq.notebook.exploring import PREDICTED
 from llmq.notebook.pictures import points_svg
 from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider, serve_provider
 from llmq.tune.guard import Caps
@@ -130,15 +131,17 @@ def test_the_form_says_what_is_measured_and_fills_the_guess():
         assert field(found, "at most calls").value == "90"
         before = found._said.value
         field(found, "calls at once").value = "1, 3"
-        field(found, "at most calls").value = "60"
+        field(found, "at most calls").value = "230"
         assert found._said.value != before
         field(found, "Measure").click()
         await end_of(found)
-        assert ask.calls == 60
-        assert found._status.value == "The sweep stopped at the cap of 60 calls."
+        assert ask.calls == 230
+        assert found._status.value == "The sweep stopped at the cap of 230 calls."
         return found
 
-    assert {point.level for point in run(main).sweep.points} <= {1, 3}
+    levels = {point.level for point in run(main).sweep.points}
+    assert levels
+    assert levels <= {1, 3}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,54 @@ def test_it_can_be_run_again():
     run(main)
 
 
+def test_predict_makes_a_few_calls_and_says_what_all_of_it_would_use():
+    ask = Asking()
+
+    async def main():
+        found = explorer(ask, range(5), [2, 4], prices={"m": Price(1e6, 1e6)}, **OPTIONS)
+        field(found, "Predict").click()
+        assert field(found, "Measure").disabled
+        await end_of(found)
+        assert 0 < ask.calls <= 8 + 4, "some may be under way when eight have ended"
+        assert "this will use up to about" in found._said.value
+        assert found._status.value == PREDICTED
+        assert (found.sweep, found.error, field(found, "Measure").disabled) == (None, None, False)
+        field(found, "Measure").click()
+        await end_of(found)
+        assert found.sweep.points
+
+    run(main)
+
+
+def test_a_run_that_measures_nothing_leaves_what_an_earlier_one_has_measured(tmp_path):
+    async def main():
+        found = explorer(Asking(), range(5), [2], out=tmp_path, **OPTIONS)
+        field(found, "Measure").click()
+        await end_of(found)
+        earlier, picture = found.sweep, found._repr_html_()
+        field(found, "Measure").click()
+        await end_of(found)
+        assert "holds a sweep already" in found._status.value
+        assert (found.sweep, found._repr_html_()) == (earlier, picture)
+
+    run(main)
+
+
+def test_the_guess_heeds_what_is_added_the_clock_and_the_caps():
+    found = explorer(Asking(), range(5), [2], calls=100, caps=Caps(calls=500, cost=2.5))
+    said = found._guess()
+    assert "It stops at 500 calls or 2.5 USD at the latest." in said
+    field(found, "add levels and paces as needed").value = False
+    field(found, "at most calls").value = field(found, "USD").value = ""
+    assert "It stops" not in found._guess()
+    assert most_calls(found._guess()) < most_calls(said)
+    assert most_calls(explorer(Asking(), range(5), [2], calls=100, virtual=True)._guess()) > most_calls(said)
+
+
+def most_calls(said):
+    return int(re.search(r"up to about (\d+) calls", said)[1])
+
+
 def test_without_a_loop_it_says_so():
     found = explorer(Asking(), range(5), [2])
     field(found, "Measure").click()
@@ -260,7 +311,7 @@ def test_without_ipywidgets_it_says_what_to_install(monkeypatch, capsys):
     assert not any("widget" in name for name in found._bundle())
 
 
-def test_closed_it_leaves_the_static_result():
+def test_closed_it_leaves_the_static_result(capsys):
     async def main():
         found = explorer(Asking(), range(5), [2], **OPTIONS)
         assert "application/vnd.jupyter.widget-view+json" in found._bundle()
@@ -269,8 +320,10 @@ def test_closed_it_leaves_the_static_result():
         found.close()
         assert set(found._bundle()) == {"text/plain", "text/html"}
         assert "data:image/png" in found._bundle()["text/html"]
+        found.measure()
 
     run(main)
+    assert "This explorer is closed" in capsys.readouterr().out
 
 
 def test_a_pipeline_is_named_by_its_stages_and_markup_in_names_is_text():
@@ -287,6 +340,10 @@ def test_an_option_that_sweep_has_not_is_refused_at_once():
         explorer(Asking(), range(5), [1], second=3)
     with pytest.raises(ConfigError, match="more than 0"):
         explorer(Asking(), range(5), [1], caps=Caps(calls=0))
+    with pytest.raises(ConfigError, match=r"caps are llmq.Caps\(calls=500, cost=2.0, ...\), got {}"):
+        explorer(Asking(), range(5), [1], caps={})
+    with pytest.raises(ConfigError, match="a Pipeline, or an async function of one item; got None"):
+        explorer(None, range(5), [1])
 
 
 def test_the_small_picture_is_hollow_where_a_bound_is_broken():
@@ -305,6 +362,7 @@ def test_the_small_picture_is_hollow_where_a_bound_is_broken():
 SETUP = """
 import asyncio, llmq
 from llmq.notebook import explorer
+from llmq.notebook.exploring import PREDICTED
 from openai import AsyncOpenAI
 client = AsyncOpenAI(base_url=URL, api_key="none", max_retries=0)
 async def ask(prompt):

@@ -49,6 +49,20 @@ def test_what_a_sweep_may_add_is_twice_what_was_asked_for_and_half_a_minute_at_l
     assert Extra.left(3, 140.0, 100.0, virtual=True) == Extra(27, clean_seconds=300.0, coarseness=0.02)
 
 
+def test_on_a_virtual_clock_what_a_sweep_may_add_is_bounded_in_windows():
+    """Two levels and the first again, each of 100 calls, and 30 more such windows."""
+    common = {"service_seconds": 1.0, "window_seconds": 1.0, "window_calls": 100}
+    plain = predict([4, 4], refine=False, virtual=True, **common)
+    assert plain == predict([4, 4], refine=False, **common)
+    warm_up = 2 * 4
+    assert predict([4, 4], virtual=True, **common).calls - warm_up == 11 * (plain.calls - warm_up)
+
+
+def test_caps_in_words():
+    assert str(Caps(calls=400, cost=2.5)) == "400 calls or 2.5 USD"
+    assert str(Caps()) == "no cap"
+
+
 def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():
     found = predict(
         [1, 8], service_seconds=1.0, window_seconds=10.0, window_calls=100, rate_per_second=4.0, tokens_per_call=200,

@@ -372,3 +372,9 @@ def test_run_within_run_is_refused():
 
     with pytest.raises(RuntimeError, match="use `await` here"):
         run(work)
+
+
+@pytest.mark.parametrize("work", [None, 3, "main"])
+def test_what_is_no_work_is_refused(work):
+    with pytest.raises(TypeError, match=f"a coroutine.* or an async function.*; got {work!r}"):
+        run(work)

@@ -436,10 +436,15 @@ def test_outside_a_notebook_it_is_a_table():
     assert (found.note, facts(found._repr_html_())["in flight"]) == (NO_NOTEBOOK, "0 of 3")
 
 
-@pytest.mark.parametrize("rate", [0, -1, 11, float("nan")])
+@pytest.mark.parametrize("rate", [0, -1, 11, float("nan"), "x", None])
 def test_a_rate_of_updates_that_cannot_be_is_refused(rate):
     with pytest.raises(ConfigError, match="at most 10, got"):
         llmq.notebook.panel(make_queue(), updates_per_second=rate)
+
+
+def test_what_is_no_queue_is_refused():
+    with pytest.raises(ConfigError, match="shows an LLMQueue.*got 3"):
+        llmq.notebook.panel(3)
 
 
 def test_without_ipywidgets_and_ipython_it_says_what_to_install():

@@ -192,6 +192,15 @@ async def test_points_are_saved_as_they_come_and_a_sweep_goes_on_where_it_stoppe
         await sweep_of(spec, [1, 2, 4], out=out, resume=True, seconds=3)
 
 
+async def test_a_folder_without_points_is_a_new_one():
+    """A sweep that was not wanted after its first few calls leaves one."""
+    stopped = await sweep_of({"latency_seconds": 0.1}, [1], out="out", refine=False, on_plan=lambda _: False)
+    assert stopped.points == []
+    assert Path("out/points.jsonl").read_text() == ""
+    found = await sweep_of({"latency_seconds": 0.1}, [1], out="out", refine=False)
+    assert len(found.points) == len(Path("out/points.jsonl").read_text().splitlines()) > 0
+
+
 async def test_a_resumed_sweep_still_knows_that_a_rate_limit_refuses():
     """Else its next refusal would be taken for the first, and what was paid for would be measured again."""
     spec = {"latency_seconds": 0.1, "requests_per_minute": 900}  # the first look at 32 is too short to be refused

@@ -36,8 +36,13 @@ def run(work: Awaitable[T] | Callable[[], Awaitable[T]]) -> T:
     All calls share one loop in a thread, so a client may be kept from one to the next; one that was used with
     top-level `await` before belongs to the kernel's loop, so make another. asyncio only.
 
-    Raises what the work raises, and RuntimeError within work that `run` runs: use `await` there.
+    Raises what the work raises, RuntimeError within work that `run` runs (use `await` there), and TypeError for what is
+    neither.
     """
+    if not callable(work) and not inspect.isawaitable(work):
+        raise TypeError(
+            f"run() needs a coroutine, as in run(main()), or an async function, as in run(main); got {work!r}"
+        )
     loop = _background_loop()
     if running_loop() is loop:
         if inspect.iscoroutine(work):

@@ -1,6 +1,7 @@
 """The sweep explorer: measure your own pipeline or coroutine from a notebook, by a button.
 
-- Nothing is called before the button. Until then it says what can be said without a call.
+- Nothing is called before a button. Until then it says what can be said without a call. "Predict" makes the first few
+  calls only, and says what the whole would use, in tokens and money, too.
 - The sweep runs as a task of the kernel's loop, so the cell is not blocked. A click may come in another thread
   (JupyterLab hands clicks to one of their own), and so may the reports of a virtual sweep: both are handed to the loop.
 - It draws between windows and never within one, since the sweep measures this loop's lag: the bar and a line as a
@@ -28,11 +29,11 @@ from llmq.notebook.pictures import as_html, figures_table, points_svg
 from llmq.pipeline import Pipeline
 from llmq.progress import Bar
 from llmq.tune.dry_run import guess
-from llmq.tune.guard import Caps, Prediction
+from llmq.tune.guard import Caps, Prediction, checked_caps
 from llmq.tune.point import Point
 from llmq.tune.report import short, text_table
 from llmq.tune.standing import Bounds
-from llmq.tune.sweep import DEFAULT_LEVELS, VIRTUAL_CALLS, Sweep, sweep
+from llmq.tune.sweep import DEFAULT_LEVELS, Sweep, check_target, sweep
 from llmq.tune.sweep import Progress as SweepProgress
 from llmq.tune.sweep_bar import point_line
 
@@ -42,6 +43,8 @@ INSTALL = (
     "The explorer needs ipywidgets: pip install 'llmq-toolkit[notebook]', then restart the kernel. Without it: "
     "await llmq.sweep(call_or_pipeline, items)"
 )
+CLOSED = "This explorer is closed; make another: explorer(call_or_pipeline, items)"
+PREDICTED = "Nothing more was called. Measure makes all of it."
 NO_LOOP = "No event loop is running here, so nothing was started: make the explorer in a cell of a notebook"
 DRAW_SECONDS = 0.25
 _LONGEST_LINE = 300
@@ -54,15 +57,19 @@ def explorer(
     levels: Iterable[int] | str | None = None,
     **sweep_options: Any,
 ) -> Explorer:
-    """A form and a button that runs `llmq.sweep`; shown where it is the last expression of a cell.
+    """A form, a button that runs `llmq.sweep`, and one that predicts from a few calls what that will use.
+
+    Shown where it is the last expression of a cell.
 
     `sweep_options` are those of `llmq.sweep`; `seconds`, `calls`, `refine` and `caps` fill the form. `title` is shown,
-    so it is the place for the provider's name. Nothing is called before the button. `.sweep` holds what was measured
-    after it has ended, however it ended, `.error` why it failed.
+    so it is the place for the provider's name. Nothing is called before a button. `.sweep` holds what was measured
+    after it has ended, however it ended, and until another run has measured something; `.error` is why it failed.
 
-    Without ipywidgets it prints what to install. Raises TypeError for an option that `llmq.sweep` does not have.
+    Without ipywidgets it prints what to install. Raises TypeError for an option that `llmq.sweep` does not have, and
+    ConfigError for what cannot be measured.
     """
     inspect.signature(sweep).bind(call_or_pipeline, items, **sweep_options)
+    check_target(call_or_pipeline)
     found = Explorer(call_or_pipeline, items, DEFAULT_LEVELS if levels is None else levels, sweep_options)
     if find_spec("ipywidgets") is None:
         print(INSTALL)
@@ -130,6 +137,7 @@ class Explorer:
         self._static = ""
         self._picture_at = 0.0
         self._bar = _new_bar()
+        self._closed = False
 
     @property
     def _bounds(self) -> Bounds:
@@ -158,9 +166,9 @@ class Explorer:
             plan = Plan.read(self._form)
         except ConfigError as error:
             return str(error)
-        usual = self._options.get("virtual") and plan.seconds is None and plan.calls is None
-        calls = VIRTUAL_CALLS if usual else plan.calls
-        return f"Nothing has been called yet.\n{guess(plan.levels, plan.seconds, calls)}"
+        virtual = bool(self._options.get("virtual"))
+        said = guess(plan.levels, plan.seconds, plan.calls, refine=plan.refine, virtual=virtual, caps=plan.caps)
+        return f"Nothing has been called yet.\n{said}"
 
     # The form
 
@@ -189,8 +197,10 @@ class Explorer:
         caps = w.HBox([text(f"most {name}", labels[name], "no cap") for name in _CAP_NAMES])
         caps.layout.flex_flow = "row wrap"
         self._measure_button = w.Button(description="Measure", button_style="primary", icon="play")
+        self._predict_button = w.Button(description="Predict", tooltip="a few calls, and what all of it would use")
         self._cancel_button = w.Button(description="Cancel", icon="stop", disabled=True)
         self._measure_button.on_click(lambda _: self.measure())
+        self._predict_button.on_click(lambda _: self.predict())
         self._cancel_button.on_click(lambda _: self.cancel())
         self._progress = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="20em"))
         self._said = w.HTML(_lines(self._guess()))
@@ -200,9 +210,10 @@ class Explorer:
         self._choice.layout.display = "none"
         self._choice.observe(lambda change: self._chosen(change["new"]), "value")
         self._figures = w.HTML()
-        buttons = w.HBox([self._measure_button, self._cancel_button, self._progress, self._status])
+        buttons = [self._measure_button, self._predict_button, self._cancel_button]
         head = w.HTML(f"<b>{escape(self._head)}</b>")
-        parts = [head, fields_of, caps, self._said, buttons, self._picture, self._choice, self._figures]
+        steering = w.HBox([*buttons, self._progress, self._status])
+        parts = [head, fields_of, caps, self._said, steering, self._picture, self._choice, self._figures]
         self.widget = w.VBox(parts)
 
     def _filled_in(self, name: str, value: Any) -> None:
@@ -212,34 +223,42 @@ class Explorer:
 
     def measure(self) -> None:
         """What the button does, from whatever thread: start the sweep, as `task`, unless one is under way."""
+        self._begin(only_predict=False)
+
+    def predict(self) -> None:
+        """The same for its first few calls only, and what the whole would use."""
+        self._begin(only_predict=True)
+
+    def _begin(self, *, only_predict: bool) -> None:
         if self.widget is None:
-            print(INSTALL)
+            print(CLOSED if self._closed else INSTALL)
             return
         loop = self._loop if self._loop is not None and not self._loop.is_closed() else _running_loop()
         if loop is None:
             self._say(NO_LOOP)
             return
         self._loop = loop
-        self._measure_button.disabled = True
-        self._in_loop(self._start)
+        self._enable(idle=False)
+        self._in_loop(lambda: self._start(only_predict=only_predict))
 
-    def _start(self) -> None:
+    def _enable(self, *, idle: bool) -> None:
+        self._measure_button.disabled = self._predict_button.disabled = not idle
+
+    def _start(self, *, only_predict: bool) -> None:
         if self.task is not None:
             return
         try:
             plan = Plan.read(self._form)
         except ConfigError as error:
             self._say(str(error))
-            self._measure_button.disabled = False
+            self._enable(idle=True)
             return
         self._points.clear()
-        self.sweep = self.error = None
+        self.error = None
         self._bar = _new_bar()
         self._cancel_button.disabled = False
-        self._picture.value = self._figures.value = ""
-        self._choice.layout.display = "none"
         self._say("the first few calls")
-        self.task = asyncio.get_running_loop().create_task(self._run(plan))
+        self.task = asyncio.get_running_loop().create_task(self._run(plan, only_predict=only_predict))
 
     def cancel(self) -> None:
         """End the sweep under way, with all its calls; what was measured is kept. From any thread."""
@@ -260,7 +279,7 @@ class Explorer:
 
     # The sweep
 
-    async def _run(self, plan: Plan) -> None:
+    async def _run(self, plan: Plan, *, only_predict: bool) -> None:
         try:
             options = {
                 **self._options,
@@ -268,29 +287,33 @@ class Explorer:
                 "calls": plan.calls,
                 "refine": plan.refine,
                 "caps": plan.caps,
-                "on_plan": self._planned,
+                "on_plan": self._predicted if only_predict else self._planned,
                 "on_progress": self._heard,
             }
-            self.sweep = await sweep(self._target, self._items, plan.levels, **options)
-            end = f"The sweep {self.sweep.stopped}." if self.sweep.stopped else "Done."
+            found = await sweep(self._target, self._items, plan.levels, **options)
+            end = PREDICTED if only_predict else f"The sweep {found.stopped}." if found.stopped else "Done."
         except asyncio.CancelledError:
             end = "Cancelled."
-            self._keep("was cancelled")
+            found = self._so_far("was cancelled")
         except Exception as error:
             self.error = error
             end = one_line(error)
-            self._keep("ended with an error")
+            found = self._so_far("ended with an error")
         self._cancel_button.disabled = True
         try:
-            await self._show_result(end)
+            await self._show_result(found, end)
         finally:
             self.task = None
-            self._measure_button.disabled = False
+            self._enable(idle=True)
 
-    def _keep(self, stopped: str) -> None:
+    def _so_far(self, stopped: str) -> Sweep:
         """What was measured before it ended too early."""
-        if self._points:
-            self.sweep = Sweep(list(self._points), self._bounds, self._options.get("title", ""), stopped=stopped)
+        return Sweep(list(self._points), self._bounds, self._options.get("title", ""), stopped=stopped)
+
+    def _predicted(self, prediction: Prediction) -> bool:
+        """Told after the first few calls: enough."""
+        self._in_loop(lambda: self._show_prediction(prediction))
+        return False
 
     def _planned(self, prediction: Prediction) -> bool:
         """Told after the first few calls, in the loop that measures."""
@@ -325,12 +348,13 @@ class Explorer:
 
     # The end
 
-    async def _show_result(self, end: str) -> None:
-        found = self.sweep
-        if found is None or not found.points:
+    async def _show_result(self, found: Sweep, end: str) -> None:
+        """What this run has measured; where that is nothing, what an earlier one had stays."""
+        if not found.points:
             self._progress.value = 0
-            self._static = _lines(f"{self._head}\n{end}")
+            self._static = self._static if self.sweep is not None else _lines(f"{self._head}\n{end}")
         else:
+            self.sweep = found
             answer, figure = await asyncio.to_thread(_drawn, found)
             self._picture.value = answer + figure
             self._static = f"{_lines(self._head)}{answer}{figure}<pre>{escape(text_table(found))}</pre>"
@@ -339,8 +363,8 @@ class Explorer:
             self._choice.disabled, self._choice.layout.display = False, None
             self._choice.index = 0  # a Dropdown made without options has none chosen when it gets some
             self._chosen(self._choice.value)
-        if self.sweep is not None and self.sweep.stopped is None:
-            self._progress.max = self._progress.value = max(1, len(self.sweep.points))
+            if found.stopped is None:
+                self._progress.max = self._progress.value = len(found.points)
         self._say(end)
         self._refresh_display()
 
@@ -356,6 +380,7 @@ class Explorer:
     def close(self) -> None:
         """Cancel what is under way, and leave the static result in place of the widget."""
         self.cancel()
+        self._closed = True
         if self.widget is not None:
             self.widget.close()
             self.widget = None
@@ -394,7 +419,7 @@ def one_line(error: Exception) -> str:
 
 
 def _first_form(levels: Iterable[int] | str, options: dict[str, Any]) -> dict[str, Any]:
-    caps = options.get("caps") or Caps()
+    caps = checked_caps(options.get("caps"))
     if not isinstance(levels, Iterable):
         raise ConfigError(f"levels are calls at once, a list of whole numbers; got {levels!r}")
     return {

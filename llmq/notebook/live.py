@@ -66,12 +66,14 @@ def panel(queue: LLMQueue | None = None, *, updates_per_second: float = UPDATES_
     stay as a table.
 
     With the flag off, without ipywidgets, or outside a notebook, it is a table of one moment's figures that says why.
-    Raises ConfigError for `updates_per_second` that are not above 0 and at most 10.
+    Raises ConfigError for `updates_per_second` that are not above 0 and at most 10, and for what is no queue.
     """
-    if not 0 < updates_per_second <= MOST_UPDATES_PER_SECOND:
+    if not isinstance(updates_per_second, (int, float)) or not 0 < updates_per_second <= MOST_UPDATES_PER_SECOND:
         raise ConfigError(
-            f"updates_per_second must be above 0 and at most {MOST_UPDATES_PER_SECOND}, got {updates_per_second}"
+            f"updates_per_second must be above 0 and at most {MOST_UPDATES_PER_SECOND}, got {updates_per_second!r}"
         )
+    if queue is not None and not isinstance(queue, LLMQueue):
+        raise ConfigError(f"panel() shows an LLMQueue, or without one the queue in force; got {queue!r}")
     queue = active_queue() if queue is None else queue
     if queue is None:
         return StaticPanel(None, NO_QUEUE)

@@ -11,6 +11,7 @@ from llmq.errors import ConfigError, LLMQError
 from llmq.ledger import BudgetEvent, Ledger, Price
 from llmq.records import AttemptRecord
 from llmq.waiters import clock
+from llmq.words import number
 
 
 class Stopped(LLMQError):
@@ -38,6 +39,20 @@ class Caps:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"the cap on {field.name} must be more than 0 and finite, got {value}")
 
+    def __str__(self) -> str:
+        units = {"calls": "calls", "tokens": "tokens", "cost": "USD", "minutes": "minutes"}
+        found = ((getattr(self, name), unit) for name, unit in units.items())
+        return " or ".join(f"{number(value, 6)} {unit}" for value, unit in found if value is not None) or "no cap"
+
+
+def checked_caps(caps: object) -> Caps:
+    """The caps that were given; None is none. Raises ConfigError for anything else."""
+    if caps is None:
+        return Caps()
+    if not isinstance(caps, Caps):
+        raise ConfigError(f"caps are llmq.Caps(calls=500, cost=2.0, ...), got {caps!r}")
+    return caps
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -63,6 +78,12 @@ class Prediction:
 EXTRA_SHARE = 2.0
 """What windows that the sweep adds by itself may take in real time, as a share of those that were asked for."""
 
+EXTRA_WINDOWS = 12
+"""How many windows it may add at most in real time."""
+
+VIRTUAL_EXTRA_WINDOWS = 30
+"""The same in virtual time, whose seconds cost nothing."""
+
 WARM_UP_SECONDS = 2.0
 """What the warm-up takes at least."""
 
@@ -84,8 +105,8 @@ class Extra:
     def left(cls, windows: int, asked_seconds: float, extra_seconds: float, *, virtual: bool) -> Extra:
         """After so many windows that took `extra_seconds`, and levels asked for that took `asked_seconds`."""
         if virtual:
-            return cls(30 - windows, clean_seconds=300.0, coarseness=0.02)
-        return cls(12 - windows, most_extra_seconds(asked_seconds) - extra_seconds)
+            return cls(VIRTUAL_EXTRA_WINDOWS - windows, clean_seconds=300.0, coarseness=0.02)
+        return cls(EXTRA_WINDOWS - windows, most_extra_seconds(asked_seconds) - extra_seconds)
 
 
 def most_extra_seconds(asked_seconds: float) -> float:
@@ -103,8 +124,10 @@ def predict(
     tokens_per_call: float | None = None,
     cost_per_call: float | None = None,
     refine: bool = True,
+    virtual: bool = False,
 ) -> Prediction:
     """The most that a sweep over levels will use: each level once, the first again, and to `refine` what it may add.
+    `virtual`: on a virtual clock, where that is bounded in windows and not in time.
 
     A level N brings N / service_seconds calls a second (Little's law), or the rate that is known. The warm-up is at the
     highest.
@@ -117,7 +140,8 @@ def predict(
         lasts = max(window_seconds, window_calls / per_second) + 2 * service_seconds
         seconds += lasts
         calls += lasts * per_second
-    more = 1 + most_extra_seconds(seconds) / seconds if refine else 1.0
+    extra = VIRTUAL_EXTRA_WINDOWS / (len(levels) + 1) if virtual else most_extra_seconds(seconds) / seconds
+    more = 1 + extra if refine else 1.0
     calls, seconds = calls * more + warm_up_calls, seconds * more + warm_up_seconds
     return Prediction(
         math.ceil(calls),

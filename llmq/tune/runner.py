@@ -170,7 +170,7 @@ class Runner:
             await run.until(clock() + seconds)
             self.rate_limited = self.rate_limited or run.rate_refusals > 0
 
-    def predicted(self, levels: Sequence[int], *, refine: bool) -> Prediction:
+    def predicted(self, levels: Sequence[int], *, refine: bool, virtual: bool) -> Prediction:
         """What a sweep over these levels will use, after `probe`."""
         return predict(
             levels,
@@ -180,6 +180,7 @@ class Runner:
             tokens_per_call=self.used.tokens_per_call,
             cost_per_call=self.used.cost_per_call,
             refine=refine,
+            virtual=virtual,
         )
 
     def usual_seconds(self) -> float:

@@ -13,7 +13,7 @@ from llmq.pipeline import Pipeline
 from llmq.records import Records
 from llmq.retry import Retry
 from llmq.runtime import RuntimeEnv
-from llmq.tune.guard import Caps
+from llmq.tune.guard import Caps, checked_caps
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Setting
 from llmq.tune.runner import Load, Runner
@@ -108,7 +108,7 @@ async def verify(
         request_timeout=settings.request_timeout if request_timeout is None else request_timeout,
         open_items=open_items,
         highest=setting.level * (_TO_EMPTY if setting.paced else 1),
-        caps=caps or Caps(),
+        caps=checked_caps(caps),
         prices=settings.prices if prices is None else prices,
     )
     await runner.probe()
