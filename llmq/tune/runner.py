@@ -19,54 +19,39 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import math
 import random
-import time
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from llmq.core import LLMTaskMeta
 from llmq.core.rates import paces
-from llmq.errors import ConfigError, ProviderError, QueueHaltedError
+from llmq.errors import ConfigError
 from llmq.items import ItemRun
-from llmq.ledger import BudgetEvent, Ledger, Price
+from llmq.ledger import Price
 from llmq.pipeline import Pipeline
 from llmq.queue import LLMQueue
-from llmq.records import AttemptRecord, Records
-from llmq.retry import Kind, Retry, Verdict, classify, describe, limits_told
+from llmq.records import Records
+from llmq.retry import Retry
 from llmq.runtime import using
 from llmq.tune.guard import WARM_UP_SECONDS, Caps, Prediction, Stopped, Used, predict
 from llmq.tune.limits import by_a_rate, closed_seconds
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Purpose, Setting, Window, measure, settled_part
+from llmq.tune.running import ClientMeter, Run, consume, endless
 from llmq.tune.statistics import percentile, spread
 from llmq.unqueued import unqueued
-from llmq.virtual import VirtualLoop
 from llmq.waiters import clock
 
 T = TypeVar("T")
 
 _LOOK_SECONDS = (0.01, 0.25)
-_LAG_SECONDS = 0.01
 _FEW_CALLS = 8
 _LAST_CALLS = 100
-_ERRORS_TO_GIVE_UP = 3
-_FAILURES_TO_GIVE_UP = 8
 _EMPTYING_SECONDS = 60.0
 _MARGIN_DEVIATIONS = 3.0
 _MOST_LONGER = 5.0
@@ -201,7 +186,7 @@ class Runner:
             started_at = clock()
             await run.warmed_up(max(self.service_seconds, left_seconds), paced=step.setting.paced)
             self._check_items(run)
-            meter = run.meter = _ClientMeter()
+            meter = run.meter = ClientMeter()
             start = clock()
             calls += run.ended
             await run.until(start + least)
@@ -284,7 +269,7 @@ class Runner:
             if self._load.arrivals is not None and self._proven and setting is not None:
                 consuming = self._arriving(run, number)
             else:
-                consuming = _consume(self._start(run, off=setting is None), proven=self._proven)
+                consuming = consume(self._start(run, off=setting is None), proven=self._proven)
             run.consumer = asyncio.create_task(consuming)
             run.consumer.add_done_callback(run.wake)
         try:
@@ -407,176 +392,3 @@ class Runner:
         told = min(_LONGEST_HOLD, max((a.retry_after_seconds or 0.0 for a in refused), default=0.0))
         self._longest_hold = max(self._longest_hold, told, min(_LONGEST_HOLD, closed_seconds(records.attempts)))
         return told
-
-
-class Run(Ledger):
-    """One window while it runs. The ledger of its queue: so it sees each attempt end, without polling."""
-
-    consumer: asyncio.Task[None]
-    queue: LLMQueue
-
-    def __init__(self, used: Used, look_seconds: float) -> None:
-        super().__init__()
-        self.ended = self.succeeded = self.rate_refusals = 0
-        self.hidden_retries = False
-        self.last_error: BaseException | None = None
-        self.meter: _ClientMeter | None = None
-        self.told: dict[str, float] = {}
-        self.responses: list[tuple[float, float]] = []
-        self._spent = used
-        self._left_calls = used.left_calls
-        self._look_seconds = look_seconds
-        self._loop = asyncio.get_running_loop()
-        self._enough: Callable[[], bool] = lambda: False
-        self._woken = asyncio.Event()
-
-    def judge(self, error: BaseException) -> Verdict:
-        """`llmq.classify`; also sees what limits are told, and if the SDK had retried by itself before it gave up."""
-        verdict = classify(error)
-        if isinstance(error, Exception):
-            self.last_error = error
-        request = getattr(getattr(error, "response", None), "request", None)
-        retries = getattr(request, "headers", {}).get("x-stainless-retry-count", "0")
-        self.hidden_retries = self.hidden_retries or retries != "0"
-        for state in limits_told(error) if verdict.refused else ():
-            if state.limit is not None:
-                self.told[state.dimension] = state.limit
-        return verdict
-
-    def add_attempt(self, record: AttemptRecord) -> tuple[BudgetEvent, ...]:
-        """Count an attempt, from whatever thread; wake `until` when it is enough."""
-        self._spent.add_attempt(record)
-        self.ended += record.started_at is not None
-        self.succeeded += record.outcome == "ok"
-        self.rate_refusals += record.outcome == "rejected" and by_a_rate(record)
-        if not self._woken.is_set() and (self._enough() or self._spent.at_cap() is not None):
-            self._loop.call_soon_threadsafe(self._woken.set)
-        return ()
-
-    def raise_hopeless(self, what: str) -> None:
-        """Raise the last error where nothing has succeeded; `what` ends its message."""
-        if self.succeeded == 0 and self.last_error is not None:
-            _raise_hopeless(self.ended, self.last_error, what)
-
-    async def may_send(self) -> None:
-        """Count a call that no queue holds; where the cap on calls leaves none, wait to be cancelled."""
-        if self._left_calls <= 0:
-            await asyncio.Event().wait()
-        self._left_calls -= 1
-
-    async def warmed_up(self, service_seconds: float, *, paced: bool) -> None:
-        """Until the level is full and one service time has passed since, or it is plain that it stays unfilled.
-
-        Where starts are paced it need not fill: two service times are enough.
-        """
-        if paced:
-            await self.until(clock() + 2.0 * service_seconds)
-            return
-        deadline = clock() + 2.0 + 5.0 * service_seconds
-        while clock() < deadline and not self.consumer.done() and self._is_filling():
-            await self.until(min(deadline, clock() + self._look_seconds))
-        await self.until(min(deadline, clock() + service_seconds))
-
-    def _is_filling(self) -> bool:
-        return self.queue.statistics().in_flight < self.queue.max_concurrency
-
-    async def until(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Until the deadline, or `enough()`, or there is nothing left to do. Raises `Stopped` at a cap."""
-        self._enough = enough
-        self._woken.clear()
-        latest = min(deadline, self._spent.ends_at)
-        if not enough() and not self.consumer.done() and latest > clock():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if latest == math.inf else latest - clock()):
-                    await self._woken.wait()
-        self._spent.check_caps()
-        self._raise_if_broken()
-
-    def wake(self, _: object = None) -> None:
-        """There is nothing left to do."""
-        self._woken.set()
-
-    def service_times(self) -> list[float]:
-        """Of the successful attempts so far, in seconds."""
-        records = self.queue.records().attempts
-        return [a.service_seconds for a in records if a.outcome == "ok" and a.service_seconds is not None]
-
-    def _raise_if_broken(self) -> None:
-        if self.consumer.done() and not self.consumer.cancelled():
-            error = self.consumer.exception()
-            if error is not None:
-                raise error
-
-
-class _ClientMeter:
-    """CPU of this process and lag of this loop. Says None in virtual time, where neither means anything."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._virtual = isinstance(loop, VirtualLoop)
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._lags: list[float] = []
-        self._task = None if self._virtual else loop.create_task(self._watch())
-
-    def cpu_share(self) -> float | None:
-        """CPU seconds a second since the start."""
-        wall = time.monotonic() - self._wall
-        return None if self._virtual or wall <= 0 else (time.process_time() - self._cpu) / wall
-
-    def loop_lag_p99(self) -> float | None:
-        """99th percentile of how much later than asked the loop woke a sleeper, in seconds."""
-        return percentile(self._lags, 0.99)
-
-    def stop(self) -> None:
-        """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while True:
-            asked = time.monotonic() + _LAG_SECONDS
-            await asyncio.sleep(_LAG_SECONDS)
-            self._lags.append(max(0.0, time.monotonic() - asked))
-
-
-async def _consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
-    """Take outcomes as they come. Until the work is `proven`, raise where nothing succeeds."""
-    errors: list[BaseException] = []
-    async with outcomes as stream:
-        async for outcome in stream:
-            if proven or outcome.error is None:
-                break
-            errors.append(outcome.error)
-            verdict = classify(outcome.error)
-            hopeless = _ERRORS_TO_GIVE_UP if verdict.kind in (Kind.CALLER, Kind.QUOTA) else _FAILURES_TO_GIVE_UP
-            halted = isinstance(outcome.error, QueueHaltedError)
-            if halted or len(errors) >= hopeless:
-                _raise_hopeless(len(errors), outcome.error, "there is nothing to measure")
-        async for _ in stream:
-            pass
-
-
-def _raise_hopeless(calls: int, error: BaseException, what: str) -> NoReturn:
-    """Nothing has succeeded; `error` is the last."""
-    verdict = classify(error)
-    if verdict.kind is Kind.CALLER and verdict.status_code is None and not isinstance(error, QueueHaltedError):
-        raise error  # a bug in the caller's own code
-    raise ProviderError(
-        f"none of the first {calls} calls succeeded ({describe(error)}); {what}", status_code=verdict.status_code
-    ) from error
-
-
-def endless(items: Iterable[T]) -> Iterator[T]:
-    """A collection over and over, an iterator as it is."""
-    if isinstance(items, AsyncIterable):
-        raise ConfigError("sweep() needs a plain iterable of items, not an asynchronous one")
-    if type(items).__name__ == "DataFrame":
-        raise ConfigError(
-            "the items are a DataFrame, which would give the names of its columns; give a column (df['prompt']), or "
-            "its rows (df.to_dict('records'))"
-        )
-    if not isinstance(items, Collection):
-        return iter(items)
-    if len(items) == 0:  # the truth value of an array is ambiguous
-        raise ConfigError("sweep() needs at least one item")
-    return itertools.cycle(items)
