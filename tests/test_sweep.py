@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -18,12 +17,12 @@ import pytest
 import llmq
 from llmq import Pipeline, Retry, RuntimeEnv, Settings
 from llmq.errors import ConfigError, ProviderError, VirtualTimeError
-from llmq.providers.chat import ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
 from llmq.tune.guard import Caps
 from llmq.tune.point import Point
 from llmq.virtual import VirtualLoop
+from tests.callers import caller, hiding_retries
 
 pytestmark = pytest.mark.anyio
 
@@ -31,17 +30,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend():
     return "asyncio", {"loop_factory": VirtualLoop}
-
-
-def caller(provider):
-    count = 0
-
-    async def call(item):
-        nonlocal count
-        count += 1
-        return await provider.complete(ChatRequest("m", [{"role": "user", "content": f"{item} {count}"}]))
-
-    return call
 
 
 async def sweep_of(spec, levels=None, **options):
@@ -265,23 +253,7 @@ async def test_a_provider_that_never_succeeds_ends_the_sweep_in_safe_words(statu
 
 
 async def test_retries_of_the_callers_own_sdk_are_told():
-    class InternalServerError(Exception):
-        """As the openai SDK raises it after two retries of its own."""
-
-        status_code = 500
-        response = SimpleNamespace(headers={}, request=SimpleNamespace(headers={"x-stainless-retry-count": "2"}))
-
-    calls = 0
-
-    async def now_and_then(item):
-        nonlocal calls
-        calls += 1
-        mine = calls
-        await asyncio.sleep(0.1)
-        if mine % 20 == 0:
-            raise InternalServerError
-
-    found = await llmq.sweep(now_and_then, range(5), [2], seconds=5, on_progress=lambda _: None)
+    found = await llmq.sweep(hiding_retries(), range(5), [2], seconds=5, on_progress=lambda _: None)
     assert "Your client retries by itself" in str(found.recommend())
 
 

@@ -7,7 +7,6 @@ import shutil
 import threading
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,9 @@ import pytest
 
 import llmq
 import llmq.virtual
-from llmq import Pipeline, Price, Retry, report_tokens
+from llmq import Pipeline, Price, Retry
 from llmq.errors import ConfigError, ProviderError
 from llmq.pipeline import Stage
-from llmq.providers.chat import ChatRequest
 from llmq.providers.simulated import SimulatedProvider
 from llmq.providers.spec import ProviderSpec
 from llmq.tune.guard import Caps, Stopped, Used
@@ -26,6 +24,7 @@ from llmq.tune.point import Setting
 from llmq.tune.runner import Load, Runner
 from llmq.tune.verify import verify
 from llmq.virtual import VirtualLoop, in_virtual_time
+from tests.callers import caller, hiding_retries
 
 pytestmark = pytest.mark.anyio
 
@@ -33,19 +32,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend():
     return "asyncio", {"loop_factory": VirtualLoop}
-
-
-def caller(provider, tokens=False):
-    count = 0
-
-    async def call(item):
-        nonlocal count
-        count += 1
-        answer = await provider.complete(ChatRequest("m", [{"role": "user", "content": f"{item} {count}"}]))
-        if tokens:
-            report_tokens(answer.prompt_tokens, answer.completion_tokens)
-
-    return call
 
 
 def quiet(call, items, levels, **options):
@@ -229,23 +215,9 @@ async def test_a_sweep_that_is_resumed_with_more_levels_is_sharpened_and_ends_in
 
 
 async def test_a_finished_sweep_that_is_resumed_knows_what_it_knew():
-    class InternalServerError(Exception):
-        status_code = 500
-        response = SimpleNamespace(headers={}, request=SimpleNamespace(headers={"x-stainless-retry-count": "2"}))
-
-    calls = 0
-
-    async def now_and_then(item):
-        nonlocal calls
-        calls += 1
-        mine = calls
-        await asyncio.sleep(0.1)
-        if mine % 20 == 0:
-            raise InternalServerError
-
-    first = await quiet(now_and_then, range(5), [2], out="out")
+    first = await quiet(hiding_retries(), range(5), [2], out="out")
     assert first.hidden_retries
-    again = await quiet(now_and_then, range(5), [2], out="out", resume=True)
+    again = await quiet(hiding_retries(), range(5), [2], out="out", resume=True)
     assert (again.hidden_retries, again.predicted) == (True, first.predicted)
 
 
