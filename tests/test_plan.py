@@ -291,6 +291,19 @@ def test_where_nothing_was_refused_the_answer_is_held_for_a_minute():
     assert step([*points, point(4, 4.0, seconds=20.0, purpose="more")], (2, 4)).purpose == "drift", "once is enough"
 
 
+def test_the_next_level_above_the_answer_is_measured_again_where_it_should_have_brought_more():
+    crowded = {"service_mean": 2.0, **CLEAN}
+    points = [point(2, 4.0, **CLEAN), point(4, 8.0, **CLEAN), point(8, 8.0, **crowded), point(16, 8.0, **crowded)]
+    for level in (4, 8):
+        found = step(points, (2, 4, 8, 16))
+        assert (found.setting, found.purpose) == (Setting(level), "more")
+        assert step(points, (2, 4, 8, 16), seconds=ATTEMPTS_TO_PROVE / 8.1).purpose == "drift", (
+            "there is no time for it"
+        )
+        points.append(point(level, 8.0, purpose="more", **CLEAN))
+    assert step(points, (2, 4, 8, 16)).purpose == "drift"
+
+
 def test_an_unsteady_answer_is_measured_again():
     points = [point(2, 2.0, **CLEAN), point(4, 4.0, steady=False, **CLEAN)]
     for _ in range(2):

@@ -25,6 +25,7 @@ from llmq.tune.standing import (
     PACE_SHARE,
     Bounds,
     Standing,
+    brings_more,
     calls_to_decide,
     in_force,
     pace_held,
@@ -279,7 +280,8 @@ def _sample(points: Sequence[Point], found: Standing, candidate: Point) -> Step 
 
 
 def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: Extra) -> Step | None:
-    """The chosen one once more, and for longer until its bounds are proven and a limit on a rate had time to show.
+    """The chosen one once more, and for longer until its bounds are proven and a limit on a rate had time to show; and
+    once more the next above it, which should bring more.
 
     Such a limit shows only once its bucket is empty. Where nothing was refused at all, a minute shows one whose bucket
     is a minute deep at twice its rate, and five minutes at 1.2 times its rate.
@@ -298,12 +300,25 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
         step = _more(points, chosen.setting, seconds=min(extra.clean_seconds, extra.seconds / 2), most=1)
         if step is not None:
             return step
-    again = min(ATTEMPTS_TO_PROVE, chosen.attempts)
-    if _times_more(points, chosen.setting) == 0 and again <= extra.seconds * chosen.attempt_rate:
-        return _more(points, chosen.setting, calls=again)  # it was chosen for a lucky window, more often than not
+    step = _again(points, chosen, extra)  # it was chosen for a lucky window, more often than not
+    if step is not None:
+        return step
+    above = next((p for p in found.feasible if p.level > chosen.level and not p.setting.paced), None)
+    if above is not None and not brings_more(above, chosen):
+        step = _again(points, above, extra)  # and was not chosen for an unlucky one
+        if step is not None:
+            return step
     if not chosen.steady:
         return _more(points, chosen.setting, windows=2.0, most=2)
     return None
+
+
+def _again(points: Sequence[Point], point: Point, extra: Extra) -> Step | None:
+    """Once more, if it has been looked at but once, and there is time."""
+    calls = min(ATTEMPTS_TO_PROVE, point.attempts)
+    if _times_more(points, point.setting) > 0 or calls > extra.seconds * point.attempt_rate:
+        return None
+    return _more(points, point.setting, calls=calls)
 
 
 def _more(

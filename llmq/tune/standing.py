@@ -178,7 +178,7 @@ class Standing:
         best = max(others, key=lambda p: p.goodput_low, default=point)
         certain = _FAR_LESS_CERTAIN * best.goodput_error
         others = [p for p in others if p is best or p.goodput_error <= certain]
-        return [p for p in others if best.goodput - p.goodput <= SURE * math.hypot(best.goodput_error, p.goodput_error)]
+        return [p for p in others if not brings_more(best, p)]
 
     @property
     def best(self) -> Point:
@@ -191,6 +191,11 @@ class Standing:
         shown = [p for p in self.feasible if self.shown(p)]
         proven = [p for p in shown if self.bounds.unproven_by(p) is None]
         return next(iter(proven or shown), None)
+
+
+def brings_more(point: Point, other: Point) -> bool:
+    """Whether it is shown, at 95 % confidence, to bring more than the other."""
+    return point.goodput - other.goodput > SURE * math.hypot(point.goodput_error, other.goodput_error)
 
 
 def share_of_pace(point: Point) -> tuple[float, float]:
