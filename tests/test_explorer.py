@@ -340,7 +340,7 @@ def test_an_option_that_sweep_has_not_is_refused_at_once():
         explorer(Asking(), range(5), [1], second=3)
     with pytest.raises(ConfigError, match="more than 0"):
         explorer(Asking(), range(5), [1], caps=Caps(calls=0))
-    with pytest.raises(ConfigError, match=r"caps are llmq.Caps\(calls=500, cost=2.0, ...\), got {}"):
+    with pytest.raises(ConfigError, match=r"caps are llmq.tune.guard.Caps\(calls=500, cost=2.0, ...\), got {}"):
         explorer(Asking(), range(5), [1], caps={})
     with pytest.raises(ConfigError, match="a Pipeline, or an async function of one item; got None"):
         explorer(None, range(5), [1])

@@ -50,7 +50,7 @@ def checked_caps(caps: object) -> Caps:
     if caps is None:
         return Caps()
     if not isinstance(caps, Caps):
-        raise ConfigError(f"caps are llmq.Caps(calls=500, cost=2.0, ...), got {caps!r}")
+        raise ConfigError(f"caps are llmq.tune.guard.Caps(calls=500, cost=2.0, ...), got {caps!r}")
     return caps
 
 
