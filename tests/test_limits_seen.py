@@ -154,3 +154,15 @@ def test_a_beginning_that_is_refused_for_long_is_no_warm_up(slow_seconds, refusi
     assert window.start == pytest.approx(cut, abs=4.0)
     assert window.warm_up_seconds == pytest.approx(1.0 + window.start)
     assert steady is (cut > 0)
+
+
+@pytest.mark.parametrize(("paced", "times", "cut"), [
+    (True, [1.0, 4.0, 9.0, 12.0, 60.0], 12),
+    (True, [1.0, 4.0, 9.0, 12.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0], 0),
+    (True, [30.0, 60.0], 0),
+    (False, [1.0, 4.0, 9.0, 12.0, 60.0], 0),
+])  # fmt: skip
+def test_at_a_pace_what_an_emptied_bucket_refuses_at_first_is_left_out(paced, times, cut):
+    even = let_in(*(0.5 * n - 1 for n in range(200)))
+    window, _ = settled_part(Records([], [*even, *refused(*times)]), Window(0.0, 100.0, 1.0), paced=paced)
+    assert window.start == pytest.approx(cut, abs=0.1)

@@ -26,6 +26,7 @@ from llmq.tune.statistics import (
 from llmq.words import number
 
 _SOON = 0.25
+_FAR_MORE = 3.0
 CLIENT_CPU_SHARE = 0.85
 CLIENT_LAG_SHARE = 0.1
 ACHIEVED_SHARE = 0.9
@@ -289,18 +290,29 @@ def measure(
     return point
 
 
-def settled_part(records: Records, window: Window) -> tuple[Window, bool]:
+def settled_part(records: Records, window: Window, *, paced: bool = False) -> tuple[Window, bool]:
     """The window without what had not settled at its beginning, and whether the halves of what is left are alike.
 
-    Nothing is left out where that would be more than a quarter, and was refused more than the rest: an emptied bucket
-    soon has enough again, so a limit has changed there.
+    What the series itself shows is left out (`settled_from`); but no more than a quarter of the window that was refused
+    more than the rest: an emptied bucket soon has enough again, so a limit has changed there. At a pace the series
+    hardly shows what that bucket cost, so a beginning that was refused far more often than the rest is left out, too.
     """
     ends = [a.ended_at for a in records.attempts if a.outcome == "ok"]
+    refused = [
+        a.ended_at
+        for a in records.attempts
+        if a.outcome == "rejected" and by_a_rate(a) and window.start < a.ended_at <= window.end
+    ]
     seconds = window.end - window.start
     if seconds <= 0:
         return window, True
     cut = settled_from(block_counts(ends, window.start, window.end)) * seconds / BLOCKS
-    if cut > 0 and (cut <= _SOON * seconds or not _refused_more(records, window, window.start + cut)):
+    if cut > _SOON * seconds and _times_as_often(refused, window, window.start + cut) > 1:
+        cut = 0.0
+    early = [at for at in refused if at <= window.start + _SOON * seconds]
+    if paced and early and _times_as_often(refused, window, max(early)) >= _FAR_MORE:
+        cut = max(cut, max(early) - window.start)
+    if cut > 0:
         window = replace(window, start=window.start + cut, warm_up_seconds=window.warm_up_seconds + cut)
     middle = (window.start + window.end) / 2
     halves = [
@@ -310,14 +322,13 @@ def settled_part(records: Records, window: Window) -> tuple[Window, bool]:
     return window, abs(first - second) <= 1.5 * math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
 
 
-def _refused_more(records: Records, window: Window, moment: float) -> bool:
-    """Whether a rate refused more calls a second before a moment than after it."""
-    refused = [a.ended_at for a in records.attempts if a.outcome == "rejected" and by_a_rate(a)]
-    before, after = (
-        sum(start < at <= end for at in refused) / (end - start)
-        for start, end in ((window.start, moment), (moment, window.end))
-    )
-    return before > after
+def _times_as_often(refused: Sequence[float], window: Window, moment: float) -> float:
+    """How many times as often something was refused before a moment as after it."""
+    before = sum(at <= moment for at in refused)
+    after = len(refused) - before
+    if after == 0:
+        return math.inf if before else 1.0
+    return (before / (moment - window.start)) / (after / (window.end - moment))
 
 
 def _limited_by(point: Point) -> str | None:

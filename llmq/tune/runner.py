@@ -199,7 +199,7 @@ class Runner:
         # Only now, with the rest cancelled and recorded, is it known how long what was in flight at the end ran.
         records = run.queue.records()
         self._learn_hold(records)
-        window, steady = settled_part(records, window)
+        window, steady = settled_part(records, window, paced=step.setting.paced)
         point = measure(
             step.setting,
             records,
