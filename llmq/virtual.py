@@ -21,7 +21,8 @@ import contextvars
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, NoReturn, TypeVar
+from concurrent.futures import Future
+from typing import Any, Generic, NoReturn, TypeVar
 
 from llmq.errors import VirtualTimeError
 from llmq.waiters import use_loop_clocks
@@ -53,41 +54,76 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._virtual_seconds += seconds
 
 
-async def in_virtual_time(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    """Await `main()` on a virtual clock, from a loop that runs in real time, such as a notebook's; its result.
+async def in_virtual_time(work: Coroutine[Any, Any, R] | Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Await a coroutine, or an async function without arguments, on a virtual clock; its result.
 
-    It runs on a `VirtualLoop` of its own, in a thread of its own, and is cancelled with the caller.
-    Raises what it raises, `VirtualDeadlock`, and `VirtualTimeError` for what cannot be virtual.
+    For where a loop runs in real time already, such as a notebook's cell. It runs on a `VirtualLoop` of its own, in a
+    thread of its own; cancelled with the caller, who waits until it has ended. On a `VirtualLoop` it is just awaited.
+    Raises what it raises, `VirtualDeadlock`, `VirtualTimeError` for what cannot be virtual, and TypeError for what is
+    neither.
     """
-    loop = VirtualLoop()
-    task: asyncio.Task[R] | None = None
-    ready = threading.Event()
-    context = contextvars.copy_context()
-
-    async def started() -> R:
-        nonlocal task
-        task = asyncio.ensure_future(main())
-        ready.set()
-        return await task
-
-    def run() -> R:
+    if not callable(work) and not asyncio.iscoroutine(work):
+        raise TypeError(f"in_virtual_time() needs a coroutine, main(), or an async function, main; got {work!r}")
+    if isinstance(asyncio.get_running_loop(), VirtualLoop):
+        return await (work() if callable(work) else work)
+    run = _VirtualRun(work, contextvars.copy_context())
+    ended = asyncio.wrap_future(run.ended)
+    cancelled: asyncio.CancelledError | None = None
+    while not ended.done():
         try:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                return runner.run(started(), context=context)
-        finally:
-            loop.close()
-            ready.set()
+            await asyncio.wait([ended])
+        except asyncio.CancelledError as error:
+            cancelled = error
+            run.cancel()
+    if cancelled is not None:
+        if not ended.cancelled():
+            ended.exception()  # looked at: whatever it was, we were cancelled
+        raise cancelled
+    return ended.result()
 
-    waiting = asyncio.ensure_future(asyncio.to_thread(run))
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        await asyncio.to_thread(ready.wait)
-        if task is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
-                loop.call_soon_threadsafe(task.cancel)
-        await asyncio.gather(waiting, return_exceptions=True)
-        raise
+
+class _VirtualRun(Generic[R]):
+    """Work on a loop and in a thread of its own. A thread, and no executor's worker: none may be free for its end."""
+
+    def __init__(
+        self, work: Coroutine[Any, Any, R] | Callable[[], Coroutine[Any, Any, R]], context: contextvars.Context
+    ) -> None:
+        self.ended: Future[R] = Future()
+        self._work = work
+        self._context = context
+        self._guard = threading.Lock()
+        self._loop = VirtualLoop()
+        self._task: asyncio.Task[R] | None = None
+        self._cancelled = False
+        threading.Thread(target=self._run, name="llmq-virtual", daemon=True).start()
+
+    def cancel(self) -> None:
+        """From the caller's thread."""
+        with self._guard:
+            self._cancelled = True
+            if self._task is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
+                    self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                result = runner.run(self._begun(), context=self._context)
+        except asyncio.CancelledError:
+            self.ended.cancel()
+        except BaseException as error:
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(result)
+        finally:
+            self._loop.close()
+
+    async def _begun(self) -> R:
+        with self._guard:
+            self._task = task = asyncio.ensure_future(self._work() if callable(self._work) else self._work)
+            if self._cancelled:
+                task.cancel()
+        return await task
 
 
 class _JumpingSelector(selectors.BaseSelector):

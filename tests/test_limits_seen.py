@@ -158,7 +158,7 @@ def test_a_beginning_that_is_refused_for_long_is_no_warm_up(slow_seconds, refusi
 
 @pytest.mark.parametrize(("paced", "times", "cut"), [
     (True, [1.0, 4.0, 9.0, 12.0, 60.0], 12),
-    (True, [1.0, 4.0, 9.0, 12.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0], 0),
+    (True, [1.0, 4.0, 9.0, 12.0, *(15.0 + 5 * n for n in range(17))], 0),
     (True, [30.0, 60.0], 0),
     (False, [1.0, 4.0, 9.0, 12.0, 60.0], 0),
 ])  # fmt: skip

@@ -54,6 +54,61 @@ def test_from_a_loop_that_runs_already():
     assert not isinstance(loops[0], VirtualLoop)
 
 
+@pytest.mark.parametrize("many", [1, 40])
+def test_cancelled_from_a_loop_that_runs_the_work_has_ended(many):
+    """More of them than an executor has workers. A second cancellation does not cut the clean-up of the first short."""
+    begun, cleaned = threading.Semaphore(0), []
+
+    async def busy():
+        begun.release()
+        try:
+            while True:
+                await asyncio.sleep(1)
+        finally:
+            await asyncio.sleep(3600)
+            cleaned.append(True)
+
+    async def cell():
+        tasks = [asyncio.create_task(in_virtual_time(busy())) for _ in range(many)]
+        await asyncio.sleep(0)
+        assert all(begun.acquire(timeout=30) for _ in tasks)
+        for task in tasks:
+            task.cancel()
+        async with asyncio.timeout(30):
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in found} == {asyncio.CancelledError}
+        assert len(cleaned) == many
+
+    asyncio.run(cell())
+
+
+def test_on_a_virtual_clock_already_it_is_just_awaited():
+    async def nap():
+        await asyncio.sleep(60)
+        return asyncio.get_running_loop()
+
+    async def main():
+        return await in_virtual_time(nap) is asyncio.get_running_loop()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(main())
+
+
+def test_work_that_is_cancelled_from_within_is_a_cancellation():
+    async def cancels_itself():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(1)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(in_virtual_time(cancels_itself))
+
+
+@pytest.mark.parametrize("work", [None, 3])
+def test_what_is_no_work_is_refused(work):
+    with pytest.raises(TypeError, match=f"a coroutine, .* or an async function, .*; got {work}"):
+        asyncio.run(in_virtual_time(work))
+
+
 def test_what_would_hang_raises_and_names_the_time():
     async def main():
         await asyncio.sleep(7)
