@@ -9,10 +9,10 @@ import nbclient
 import nbformat
 import pytest
 
-from llmq import Pipeline, Price
+from llmq import Pipeline
 from llmq.errors import ConfigError
-from llmq.notebook import explorer
-from llmq.notebook.exploring import PREDICTED
+from llmq.notebook import explorer, exploring
+from llmq.notebook.exploring import NOTHING_TO_PREDICT, PREDICTED
 from llmq.notebook.pictures import points_svg
 from llmq.testing import ChatRequest, ProviderSpec, SimulatedProvider, serve_provider
 from llmq.tune.guard import Caps
@@ -76,7 +76,7 @@ def test_nothing_is_called_before_the_button_and_then_it_ends_in_the_operating_p
     assert {point.level for point in found.sweep.points} == {2, 4}
     assert found.error is None
     assert found._progress.value == found._progress.max == len(found.sweep.points)
-    assert "this will use up to about" in found._said.value
+    assert "all of it uses up to about" in found._said.value
     assert "tokens" in found._said.value
     assert found._status.value == "Done."
     assert "Recommended: 4 calls at once" in found._picture.value
@@ -249,12 +249,15 @@ def test_predict_makes_a_few_calls_and_says_what_all_of_it_would_use():
     ask = Asking()
 
     async def main():
-        found = explorer(ask, range(5), [2, 4], prices={"m": Price(1e6, 1e6)}, **OPTIONS)
+        found = explorer(ask, range(5), [2, 4], **OPTIONS)
         field(found, "Predict").click()
         assert field(found, "Measure").disabled
         await end_of(found)
         assert 0 < ask.calls <= 8 + 4, "some may be under way when eight have ended"
-        assert "this will use up to about" in found._said.value
+        for shown in (found._said.value, found._repr_html_(), repr(found)):
+            assert "all of it uses up to about" in shown
+            assert "tokens" in shown
+            assert "Nothing has been called yet" not in shown
         assert found._status.value == PREDICTED
         assert (found.sweep, found.error, field(found, "Measure").disabled) == (None, None, False)
         field(found, "Measure").click()
@@ -264,29 +267,91 @@ def test_predict_makes_a_few_calls_and_says_what_all_of_it_would_use():
     run(main)
 
 
+def test_predict_touches_no_folder_and_says_where_a_cap_leaves_nothing_to_predict_from(tmp_path):
+    async def main():
+        found = explorer(Asking(), range(5), [2, 4], caps=Caps(calls=3), out=tmp_path, **OPTIONS)
+        field(found, "Predict").click()
+        await end_of(found)
+        assert found._status.value == NOTHING_TO_PREDICT
+        field(found, "at most calls").value = "300"
+        field(found, "Predict").click()
+        await end_of(found)
+        assert found._status.value == PREDICTED
+        field(found, "calls at once").value = "2"
+        assert "all of it uses" not in found._said.value, "that was of another form"
+
+    run(main)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_ended_before_its_first_step_it_can_be_used_again(end):
+    async def main():
+        found = explorer(Asking(), range(5), [2], **OPTIONS)
+        found.measure()
+        getattr(found, end)()
+        await asyncio.wait([found.task])
+        await asyncio.sleep(0)
+        assert found.task is None
+        if end == "cancel":
+            assert found._status.value == "Cancelled."
+            field(found, "Measure").click()
+            await end_of(found)
+            assert found.sweep.points
+
+    run(main)
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_ended_while_its_last_picture_is_drawn_it_keeps_its_result(end, monkeypatch):
+    drawing, going_on = threading.Event(), threading.Event()
+    plain = exploring._drawn
+
+    def drawn(found):
+        drawing.set()
+        going_on.wait(30)
+        return plain(found)
+
+    monkeypatch.setattr(exploring, "_drawn", drawn)
+
+    async def main():
+        found = explorer(Asking(), range(5), [2], **OPTIONS)
+        found.measure()
+        assert await asyncio.to_thread(drawing.wait, 30)
+        getattr(found, end)()
+        assert "<pre>" in found._repr_html_()
+        going_on.set()
+        await end_of(found)
+        assert "data:image/png" in found._repr_html_()
+        assert "Done." in found._repr_html_()
+
+    run(main)
+
+
 def test_a_run_that_measures_nothing_leaves_what_an_earlier_one_has_measured(tmp_path):
     async def main():
         found = explorer(Asking(), range(5), [2], out=tmp_path, **OPTIONS)
         field(found, "Measure").click()
         await end_of(found)
-        earlier, picture = found.sweep, found._repr_html_()
+        earlier, picture = found.sweep, found._result
         field(found, "Measure").click()
         await end_of(found)
         assert "holds a sweep already" in found._status.value
-        assert (found.sweep, found._repr_html_()) == (earlier, picture)
+        assert (found.sweep, found._result) == (earlier, picture)
+        assert "holds a sweep already" in found._repr_html_()
 
     run(main)
 
 
 def test_the_guess_heeds_what_is_added_the_clock_and_the_caps():
     found = explorer(Asking(), range(5), [2], calls=100, caps=Caps(calls=500, cost=2.5))
-    said = found._guess()
+    said = found._expected()
     assert "It stops at 500 calls or 2.5 USD at the latest." in said
     field(found, "add levels and paces as needed").value = False
     field(found, "at most calls").value = field(found, "USD").value = ""
-    assert "It stops" not in found._guess()
-    assert most_calls(found._guess()) < most_calls(said)
-    assert most_calls(explorer(Asking(), range(5), [2], calls=100, virtual=True)._guess()) > most_calls(said)
+    assert "It stops" not in found._expected()
+    assert most_calls(found._expected()) < most_calls(said)
+    assert most_calls(explorer(Asking(), range(5), [2], calls=100, virtual=True)._expected()) > most_calls(said)
 
 
 def most_calls(said):

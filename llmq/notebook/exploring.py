@@ -44,7 +44,8 @@ INSTALL = (
     "await llmq.sweep(call_or_pipeline, items)"
 )
 CLOSED = "This explorer is closed; make another: explorer(call_or_pipeline, items)"
-PREDICTED = "Nothing more was called. Measure makes all of it."
+PREDICTED = "Nothing more was called; Measure makes all of it."
+NOTHING_TO_PREDICT = "Nothing more was called: it ended before there was anything to predict from."
 NO_LOOP = "No event loop is running here, so nothing was started: make the explorer in a cell of a notebook"
 DRAW_SECONDS = 0.25
 _LONGEST_LINE = 300
@@ -134,7 +135,9 @@ class Explorer:
         self._loop = _running_loop()
         self._display_id: str | None = None
         self._points: list[Point] = []
-        self._static = ""
+        self._result = ""
+        self._end = ""
+        self._prediction: Prediction | None = None
         self._picture_at = 0.0
         self._bar = _new_bar()
         self._closed = False
@@ -160,15 +163,17 @@ class Explorer:
         where = "on a virtual clock" if self._options.get("virtual") else ""
         return ", ".join(filter(None, (what, title, where)))
 
-    def _guess(self) -> str:
-        """What can be said without a call."""
+    def _expected(self) -> str:
+        """What all of it would use: predicted from the first few calls, else as far as can be said without a call."""
+        if self._prediction is not None:
+            return f"After the first few calls: all of it uses {self._prediction}."
         try:
             plan = Plan.read(self._form)
         except ConfigError as error:
             return str(error)
         virtual = bool(self._options.get("virtual"))
         said = guess(plan.levels, plan.seconds, plan.calls, refine=plan.refine, virtual=virtual, caps=plan.caps)
-        return f"Nothing has been called yet.\n{said}"
+        return said if self._end else f"Nothing has been called yet.\n{said}"
 
     # The form
 
@@ -203,7 +208,7 @@ class Explorer:
         self._predict_button.on_click(lambda _: self.predict())
         self._cancel_button.on_click(lambda _: self.cancel())
         self._progress = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="20em"))
-        self._said = w.HTML(_lines(self._guess()))
+        self._said = w.HTML(_lines(self._expected()))
         self._status = w.HTML()
         self._picture = w.HTML()
         self._choice = w.Dropdown(description="measured", options=(), disabled=True)
@@ -219,7 +224,8 @@ class Explorer:
     def _filled_in(self, name: str, value: Any) -> None:
         self._form[name] = value
         if self.task is None:
-            self._said.value = _lines(self._guess())
+            self._prediction = None
+            self._said.value = _lines(self._expected())
 
     def measure(self) -> None:
         """What the button does, from whatever thread: start the sweep, as `task`, unless one is under way."""
@@ -254,11 +260,24 @@ class Explorer:
             self._enable(idle=True)
             return
         self._points.clear()
-        self.error = None
+        self.error = self._prediction = None
         self._bar = _new_bar()
         self._cancel_button.disabled = False
         self._say("the first few calls")
         self.task = asyncio.get_running_loop().create_task(self._run(plan, only_predict=only_predict))
+        self.task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """However it ended, even before it began."""
+        self.task = None
+        self._cancel_button.disabled = True
+        self._enable(idle=True)
+        if task.cancelled():
+            self._say("Cancelled.")
+        elif (error := task.exception()) is not None:
+            self._say(one_line(error))
+        self._said.value = _lines(self._expected())
+        self._refresh_display()
 
     def cancel(self) -> None:
         """End the sweep under way, with all its calls; what was measured is kept. From any thread."""
@@ -266,7 +285,7 @@ class Explorer:
             self._in_loop(self._cancel)
 
     def _cancel(self) -> None:
-        if self.task is not None and not self.task.cancelling():
+        if self.task is not None and not self._cancel_button.disabled:  # else its last picture is being drawn
             self._cancel_button.disabled = True
             self._say("ending the calls under way")
             self.task.cancel()
@@ -289,9 +308,12 @@ class Explorer:
                 "caps": plan.caps,
                 "on_plan": self._predicted if only_predict else self._planned,
                 "on_progress": self._heard,
+                **({"out": None, "resume": False} if only_predict else {}),
             }
             found = await sweep(self._target, self._items, plan.levels, **options)
-            end = PREDICTED if only_predict else f"The sweep {found.stopped}." if found.stopped else "Done."
+            end = f"The sweep {found.stopped}." if found.stopped else "Done."
+            if only_predict:
+                end = NOTHING_TO_PREDICT if self._prediction is None else PREDICTED
         except asyncio.CancelledError:
             end = "Cancelled."
             found = self._so_far("was cancelled")
@@ -300,29 +322,26 @@ class Explorer:
             end = one_line(error)
             found = self._so_far("ended with an error")
         self._cancel_button.disabled = True
-        try:
-            await self._show_result(found, end)
-        finally:
-            self.task = None
-            self._enable(idle=True)
+        await self._show_result(found, end)
 
     def _so_far(self, stopped: str) -> Sweep:
         """What was measured before it ended too early."""
         return Sweep(list(self._points), self._bounds, self._options.get("title", ""), stopped=stopped)
 
     def _predicted(self, prediction: Prediction) -> bool:
-        """Told after the first few calls: enough."""
-        self._in_loop(lambda: self._show_prediction(prediction))
+        """Told after the first few calls, in the loop that measures: enough."""
+        self._prediction = prediction
         return False
 
     def _planned(self, prediction: Prediction) -> bool:
         """Told after the first few calls, in the loop that measures."""
-        self._in_loop(lambda: self._show_prediction(prediction))
+        self._prediction = prediction
+        self._in_loop(self._show_prediction)
         on_plan = self._options.get("on_plan")
         return True if on_plan is None else bool(on_plan(prediction))
 
-    def _show_prediction(self, prediction: Prediction) -> None:
-        self._said.value = _lines(f"After the first few calls: this will use {prediction}.")
+    def _show_prediction(self) -> None:
+        self._said.value = _lines(self._expected())
         self._say("warming up")
 
     def _heard(self, progress: SweepProgress) -> None:
@@ -350,14 +369,16 @@ class Explorer:
 
     async def _show_result(self, found: Sweep, end: str) -> None:
         """What this run has measured; where that is nothing, what an earlier one had stays."""
+        self._end = end
         if not found.points:
             self._progress.value = 0
-            self._static = self._static if self.sweep is not None else _lines(f"{self._head}\n{end}")
         else:
             self.sweep = found
+            table = f"<pre>{escape(text_table(found))}</pre>"
+            self._result = table
             answer, figure = await asyncio.to_thread(_drawn, found)
             self._picture.value = answer + figure
-            self._static = f"{_lines(self._head)}{answer}{figure}<pre>{escape(text_table(found))}</pre>"
+            self._result = answer + figure + table
             judged = found.judged()
             self._choice.options = [(f"{short(point.setting)} at once", n) for n, point in enumerate(judged)]
             self._choice.disabled, self._choice.layout.display = False, None
@@ -366,7 +387,6 @@ class Explorer:
             if found.stopped is None:
                 self._progress.max = self._progress.value = len(found.points)
         self._say(end)
-        self._refresh_display()
 
     def _chosen(self, number: int | None) -> None:
         if self.sweep is not None and number is not None:
@@ -402,16 +422,19 @@ class Explorer:
 
             update_display(self._bundle(), raw=True, display_id=self._display_id)  # type: ignore[no-untyped-call]
 
+    @property
+    def _told(self) -> str:
+        """Whom it asks, how the last run ended, what all of it would use where that is not known better."""
+        return "\n".join(filter(None, [self._head, self._end, "" if self.sweep else self._expected()]))
+
     def _repr_html_(self) -> str:
-        return self._static or _lines(f"{self._head}\n{self._guess()}")
+        return _lines(self._told) + self._result
 
     def __repr__(self) -> str:
-        if self.sweep is None:
-            return f"{self._head}\n{one_line(self.error) if self.error else self._guess()}"
-        return f"{self.sweep}\n{self.sweep.recommend()}"
+        return self._told if self.sweep is None else f"{self._told}\n{self.sweep}\n{self.sweep.recommend()}"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error on one line, not too long."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."

@@ -6,7 +6,6 @@ are saved as they come, caps stop, and a virtual sweep gets a loop of its own.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import itertools
@@ -34,7 +33,7 @@ from llmq.tune.runner import Load, Runner
 from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
 from llmq.tune.sweep_bar import sweep_progress
-from llmq.virtual import VirtualLoop, in_virtual_time
+from llmq.virtual import in_virtual_time
 from llmq.waiters import clock
 
 if TYPE_CHECKING:
@@ -259,7 +258,7 @@ async def sweep(
     random.Random(seed).shuffle(order)
     with sweep_progress(on_progress, at_once=on_plan is None) as report:
         work = _Work(result, order, make_runner, store, on_plan, report, virtual=virtual, refine=refine)
-        if virtual and not isinstance(asyncio.get_running_loop(), VirtualLoop):
+        if virtual:
             await in_virtual_time(work.run)
         else:
             await work.run()
