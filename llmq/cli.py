@@ -127,18 +127,19 @@ def tune(
         read_catalogues(settings.catalogues_dir)
         from llmq.tune.dry_run import guess
         from llmq.tune.guard import Caps, Stopped
+        from llmq.tune.sweep import VIRTUAL_CALLS, Sweep, sweep
 
         caps = Caps(max_calls, max_tokens, max_cost, max_minutes)
         if max_cost is not None and not settings.prices:
             raise ConfigError("--max-cost needs the model's price; set llm_prices")
         if dry_run:
-            each = "the usual time" if seconds is None and calls is None else _window(seconds, calls)
+            usual = f"{VIRTUAL_CALLS} calls" if virtual else "the usual time"
+            each = _window(seconds, calls) or usual
             what = f"{target}, {len(items)} services over and over"
             how = f"at most {', '.join(map(str, wanted))} at once, each for {each}, and some between"
             _say_plan(settings, what, how)
-            typer.echo(guess(wanted, seconds, calls, virtual=virtual, caps=caps))
+            typer.echo(guess(wanted, seconds, calls, virtual=virtual, arrivals=arrivals, caps=caps))
             return
-        from llmq.tune.sweep import Sweep, sweep
         from llmq.tune.verify import Verification
         from llmq.tune.verify import verify as hold
 

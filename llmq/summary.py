@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from llmq.pages import html_table, page, plain
+from llmq.words import money
 
 TEXT_ROWS = 5
 """Rows of a table in the text; JSON and page have what there is."""
@@ -160,7 +161,7 @@ def amount(value: float, unit: Unit) -> str:
     >>> amount(2_000_000, "tokens"), amount(0.5, "usd")
     ('2,000,000 tokens', '0.50 USD')
     """
-    return f"{value:,.0f} tokens" if unit == "tokens" else f"{_money(value)} USD"
+    return f"{value:,.0f} tokens" if unit == "tokens" else f"{money(value)} USD"
 
 
 def of_key(by: str | None, key: str | None) -> str:
@@ -168,12 +169,6 @@ def of_key(by: str | None, key: str | None) -> str:
     if by is None:
         return ""
     return f" for calls without {by}" if key is None else f" for {by} {plain(key)}"
-
-
-def _money(usd: float) -> str:
-    if usd == 0 or usd >= 1:
-        return f"{usd:,.2f}"
-    return f"{usd:.4f}".removesuffix("00") if usd >= 0.01 else f"{usd:.2g}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -188,7 +183,7 @@ def _unknown(usage: Usage) -> str:
 def _cost(usage: Usage) -> str:
     if usage.cost_usd is None:
         return "unknown"
-    return f"{'' if usage.is_whole else 'at least '}{_money(usage.cost_usd)} USD"
+    return f"{'' if usage.is_whole else 'at least '}{money(usage.cost_usd)} USD"
 
 
 def _unpriced(usage: Usage, models: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from llmq.errors import ConfigError
-from llmq.tune.compare import compare_benchmarks, compare_sweeps, newcombe, welch
+from llmq.tune.compare import Comparison, compare_benchmarks, compare_sweeps, newcombe, welch
 from llmq.tune.guard import Prediction
 from llmq.tune.sweep import Sweep
 from tests.windows import point
@@ -72,6 +72,19 @@ def test_a_comparison_is_drawn_with_its_units_but_no_shares():
     assert dict(zip(frame.name, frame.unit, strict=True))["at 2: goodput"] == "calls/s"
     times = frame[frame.name == "at 2: service p95"].iloc[0]
     assert (times.unit, times.before, times.after, times.change) == ("s", 1.5, 3.0, 1.0)
+
+
+def test_what_is_not_known_is_drawn_as_not_known():
+    before, after = sweep(point(1, 0.0, succeeded=0)), sweep(point(1, 1.0))
+    figure = compare_sweeps(before, after).plot()
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert any(text.startswith("0 → 1") for text in texts)
+    assert not any("nan" in text for text in texts)
+
+
+def test_where_there_is_nothing_to_draw_it_says_why():
+    with pytest.raises(ConfigError, match="print the comparison: there is no level in common"):
+        Comparison((), "undecided", "there is no level in common").plot()
 
 
 def test_each_sweep_is_taken_at_what_it_recommends():

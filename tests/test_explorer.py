@@ -346,7 +346,7 @@ def test_a_run_that_measures_nothing_leaves_what_an_earlier_one_has_measured(tmp
 def test_the_guess_heeds_what_is_added_the_clock_and_the_caps():
     found = explorer(Asking(), range(5), [2], calls=100, caps=Caps(calls=500, cost=2.5))
     said = found._expected()
-    assert "It stops at 500 calls or 2.5 USD at the latest." in said
+    assert "It stops at 500 calls or 2.50 USD at the latest." in said
     field(found, "add levels and paces as needed").value = False
     field(found, "at most calls").value = field(found, "USD").value = ""
     assert "It stops" not in found._expected()
@@ -407,6 +407,8 @@ def test_an_option_that_sweep_has_not_is_refused_at_once():
         explorer(Asking(), range(5), [1], caps=Caps(calls=0))
     with pytest.raises(ConfigError, match=r"caps are llmq.tune.guard.Caps\(calls=500, cost=2.0, ...\), got {}"):
         explorer(Asking(), range(5), [1], caps={})
+    with pytest.raises(ConfigError, match="the items are a list or an iterator; got None"):
+        explorer(Asking(), None, [1])
     with pytest.raises(ConfigError, match="a Pipeline, or an async function of one item; got None"):
         explorer(None, range(5), [1])
 

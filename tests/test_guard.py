@@ -1,6 +1,8 @@
 """Caps, what a sweep will use, and counting what it has used."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +11,7 @@ from llmq.core import Rate
 from llmq.errors import ConfigError, LLMQError
 from llmq.records import AttemptRecord
 from llmq.tune import guard
-from llmq.tune.guard import Caps, Extra, Prediction, Stopped, Used, predict
+from llmq.tune.guard import Caps, Extra, Prediction, Stopped, Used, checked_caps, predict
 
 PRICES = {"small": Price(1.0, 10.0)}  # USD per million
 
@@ -53,14 +55,21 @@ def test_on_a_virtual_clock_what_a_sweep_may_add_is_bounded_in_windows():
     """Two levels and the first again, each of 100 calls, and 30 more such windows."""
     common = {"service_seconds": 1.0, "window_seconds": 1.0, "window_calls": 100}
     plain = predict([4, 4], refine=False, virtual=True, **common)
-    assert plain == predict([4, 4], refine=False, **common)
+    assert plain == replace(predict([4, 4], refine=False, **common), virtual=True)
     warm_up = 2 * 4
     assert predict([4, 4], virtual=True, **common).calls - warm_up == 11 * (plain.calls - warm_up)
 
 
 def test_caps_in_words():
-    assert str(Caps(calls=400, cost=2.5)) == "400 calls or 2.5 USD"
+    assert str(Caps(calls=400, cost=2.5)) == "400 calls or 2.50 USD"
     assert str(Caps()) == "no cap"
+
+
+@pytest.mark.parametrize("caps", [500, {}, {"calls": 3}])
+def test_what_are_no_caps_is_refused(caps):
+    with pytest.raises(ConfigError, match=re.escape(f"llmq.tune.guard.Caps(calls=500, cost=2.0, ...), got {caps}")):
+        checked_caps(caps)
+    assert checked_caps(None) == Caps()
 
 
 def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():
@@ -78,6 +87,9 @@ def test_a_prediction_with_calls_a_window_tokens_cost_and_a_known_rate():
 def test_a_prediction_in_words():
     assert str(Prediction(120, 2.5)) == "up to about 120 calls, 2.5 minutes"
     assert str(Prediction(120, 2.5, 4000, 1.234)) == "up to about 120 calls, 2.5 minutes, 4000 tokens, 1.23 USD"
+    assert str(Prediction(120, 2.5, 4000, 0.0031, virtual=True)).endswith(
+        "2.5 virtual minutes, 4000 tokens, 0.0031 USD"
+    )
 
 
 def test_what_was_used_is_counted():

@@ -78,7 +78,7 @@ PUBLIC = [
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "core", "pages", "cards"},
+    {"errors", "core", "pages", "cards", "words"},
     {"waiters", "started"},
     {"records", "virtual", "alarms", "changes", "dialects", "summary", "interrupt"},
     {"retry", "telemetry", "providers", "ledger", "usage", "logs"},

@@ -95,8 +95,8 @@ async def test_a_sweep_tells_what_its_caps_leave():
     ("caps", "tokens", "prices", "message"),
     [
         (Caps(tokens=100), False, {}, "cap of 100 tokens cannot be kept: no call has told its tokens"),
-        (Caps(cost=0.5), False, {}, "cap of 0.5 USD cannot be kept: no call has told its tokens"),
-        (Caps(cost=0.5), True, {"other": Price(1, 1)}, "cap of 0.5 USD cannot be kept: not every model .*llm_prices"),
+        (Caps(cost=0.5), False, {}, "cap of 0.50 USD cannot be kept: no call has told its tokens"),
+        (Caps(cost=0.5), True, {"other": Price(1, 1)}, "cap of 0.50 USD cannot be kept: not every model .*llm_prices"),
     ],
 )
 async def test_a_cap_that_cannot_be_counted_is_refused_after_the_first_calls(caps, tokens, prices, message):
@@ -219,6 +219,29 @@ async def test_a_finished_sweep_that_is_resumed_knows_what_it_knew():
     assert first.hidden_retries
     again = await quiet(hiding_retries(), range(5), [2], out="out", resume=True)
     assert (again.hidden_retries, again.predicted) == (True, first.predicted)
+
+
+@pytest.mark.parametrize("error", [ValueError, None])
+async def test_calls_that_begin_to_take_no_time_do_not_hold_a_virtual_clock_for_ever(error):
+    calls = 0
+
+    async def call(item):
+        nonlocal calls
+        calls += 1
+        if calls <= 60:
+            await asyncio.sleep(1)
+        elif error is not None:
+            raise error
+
+    with pytest.raises(ConfigError, match="calls in a row took no virtual time.* let each wait by the loop's timers"):
+        await quiet(call, range(5), [2], calls=100, seconds=None)
+
+
+@pytest.mark.parametrize("target", [None, 3, "ask"])
+async def test_what_cannot_be_measured_is_refused_before_anything_is_called(target):
+    for measured in (quiet(target, range(5), [2]), verify(target, range(5), Setting(2))):
+        with pytest.raises(ConfigError, match=f"a Pipeline, or an async function of one item; got {target!r}"):
+            await measured
 
 
 # --- items and levels

@@ -32,8 +32,9 @@ from llmq.tune.dry_run import guess
 from llmq.tune.guard import Caps, Prediction, checked_caps
 from llmq.tune.point import Point
 from llmq.tune.report import short, text_table
+from llmq.tune.running import check_target, endless
 from llmq.tune.standing import Bounds
-from llmq.tune.sweep import DEFAULT_LEVELS, Sweep, check_target, sweep
+from llmq.tune.sweep import DEFAULT_LEVELS, Sweep, sweep
 from llmq.tune.sweep import Progress as SweepProgress
 from llmq.tune.sweep_bar import point_line
 
@@ -71,6 +72,7 @@ def explorer(
     """
     inspect.signature(sweep).bind(call_or_pipeline, items, **sweep_options)
     check_target(call_or_pipeline)
+    endless(items)
     found = Explorer(call_or_pipeline, items, DEFAULT_LEVELS if levels is None else levels, sweep_options)
     if find_spec("ipywidgets") is None:
         print(INSTALL)

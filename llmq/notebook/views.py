@@ -35,7 +35,7 @@ def lines_html(lines: Mapping[str, Sequence[float]]) -> str:
     """A spark line each, of the last minute, with its name and its greatest value."""
     return "".join(
         '<div style="display:inline-block;margin-right:1em">'
-        f"{_spark_line(values)}<br><small>{html_text(name)}, at most {max(values, default=0):g}</small></div>"
+        f"{_spark_line(values)}<br><small>{html_text(name)}, at most {number(max(values, default=0))}</small></div>"
         for name, values in lines.items()
     )
 

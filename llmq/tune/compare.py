@@ -31,6 +31,7 @@ from scipy import stats
 from llmq.errors import ConfigError
 from llmq.tune.benchmarks import METRICS, Benchmark, as_text, read_benchmarks
 from llmq.tune.point import Point, Setting
+from llmq.tune.report import short
 from llmq.tune.statistics import wilson
 from llmq.tune.sweep import Sweep
 from llmq.words import number
@@ -87,11 +88,13 @@ class Comparison:
     def plot(self, title: str = "Before and after") -> Figure:
         """One figure: relative changes with their intervals; hollow is before, filled is after.
 
-        Raises ConfigError where no row has a relative change.
+        Shares, whose change is no quotient, are in the text only. Raises ConfigError where nothing else was compared.
         """
         from llmq.tune.plots import plot_before_after
 
         rows = [row for row in self.rows if row.relative]
+        if not rows:
+            raise ConfigError(f"there is no relative change to draw; print the comparison: {self.reason}")
         return plot_before_after([(r.what, r.unit, r.before, r.after, r.low, r.high) for r in rows], title)
 
     def __str__(self) -> str:
@@ -294,7 +297,7 @@ def _sweep(source: Sweep | str | Path) -> Sweep:
 
 
 def _operating_name(before: Setting, after: Setting) -> str:
-    return f"operating point {before}" if before == after else f"operating point {before} -> {after}"
+    return f"operating point {short(before)}" + ("" if before == after else f" -> {short(after)}")
 
 
 def _told(row: Change) -> str:

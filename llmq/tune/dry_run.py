@@ -16,6 +16,7 @@ def guess(
     *,
     refine: bool = True,
     virtual: bool = False,
+    arrivals: float | None = None,
     caps: Caps | None = None,
 ) -> str:
     """What a sweep over levels might use if a call takes 1 s, and 5 s, on a line each; when more is known; and where it
@@ -32,6 +33,7 @@ def guess(
                 service_seconds=service,
                 window_seconds=load.window_seconds(service),
                 window_calls=calls or 0,
+                rate_per_second=arrivals,
                 refine=refine,
                 virtual=virtual,
             )

@@ -173,7 +173,8 @@ class Limit:
     """What the provider's refusals are about. `kind`: requests, tokens, unknown (a rate), concurrency, or random, whose
     share does not depend on the level. `rate` of the first three, `most` in flight of the fourth.
 
-    `changes`: the rate is not the same all the time, so that its mean says little.
+    `changes`: the rate is not the same all the time, so that its mean says little. `span`: the slowest and the fastest
+    that were told apart, in calls a second; None where a window that was kept full was only unsteady.
     """
 
     kind: str
@@ -181,6 +182,7 @@ class Limit:
     rate: RateSeen | None = None
     most: int | None = None
     changes: bool = False
+    span: tuple[float, float] | None = None
 
 
 def limit_found(points: Iterable[Point]) -> Limit | None:
@@ -212,18 +214,23 @@ def limit_found(points: Iterable[Point]) -> Limit | None:
     rate = rate_found(points)
     if rate is None:
         return Limit(kind, share)
-    return Limit(kind, share, rate=_as_told(rate, kind, groups), changes=_changes(rate, refused))
-
-
-def _changes(rate: RateSeen, refused: Iterable[Point]) -> bool:
-    """Whether parts of windows that were kept full, and so clearly refused, tell rates apart, or such a window was
-    unsteady: a steady limit lets in what it lets in, to a few per cent."""
     full = [p for p in refused if p.share_429 >= _CLEARLY_REFUSED]
+    span = _span(rate, full)
+    changes = span is not None or _is_unsteady(full)
+    return Limit(kind, share, rate=_as_told(rate, kind, groups), changes=changes, span=span)
+
+
+def _span(rate: RateSeen, full: Iterable[Point]) -> tuple[float, float] | None:
+    """The slowest and the fastest that parts of windows tell, if they tell them apart; `full` were kept full, and so
+    clearly refused."""
     seen = [rate, *(p.rate for p in full if p.rate is not None)]
     slowest = min((r.slowest for r in seen if r.slowest is not None), default=math.inf)
     fastest = max((r.fastest for r in seen if r.fastest is not None), default=0.0)
-    if slowest < _CHANGING * fastest:
-        return True
+    return (slowest, fastest) if slowest < _CHANGING * fastest else None
+
+
+def _is_unsteady(full: Iterable[Point]) -> bool:
+    """A steady limit lets in what it lets in, to a few per cent."""
     return any(
         p.goodput_error > _UNSTEADY * p.goodput
         for p in full

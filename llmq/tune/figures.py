@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from llmq.pages import plain
+from llmq.words import number
 
 INK, ACCENT, WARNING, FAINT = "#1a1a1a", "#0b62a4", "#b3261e", "#8a8a8a"
 GROUND, GRID = "#f1f1f1", "#e0e0e0"
@@ -96,7 +97,7 @@ def level_ticks(levels: Sequence[int]) -> list[int]:
 def seconds_axis(axis: Any) -> None:
     """A logarithmic axis of seconds with plain numbers; of one decade or less, 2 and 5 are named, too."""
     low, high = sorted(axis.get_view_interval())
-    plain_number = FuncFormatter(lambda value, _: f"{value:g}")
+    plain_number = FuncFormatter(lambda value, _: number(value, 6))
     axis.set_major_formatter(plain_number)
     axis.set_minor_locator(LogLocator(subs=(2, 5)))
     few = low > 0 and high / low < 300

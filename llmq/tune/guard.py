@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from llmq.core import Rate
 from llmq.errors import ConfigError, LLMQError
 from llmq.ledger import BudgetEvent, Ledger, Price
 from llmq.records import AttemptRecord
 from llmq.waiters import clock
-from llmq.words import number
+from llmq.words import money, number
 
 
 class Stopped(LLMQError):
@@ -36,13 +36,21 @@ class Caps:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"the cap on {field.name} must be more than 0 and finite, got {value}")
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ConfigError(f"the cap on {field.name} must be more than 0 and finite, got {value!r}")
 
     def __str__(self) -> str:
-        units = {"calls": "calls", "tokens": "tokens", "cost": "USD", "minutes": "minutes"}
-        found = ((getattr(self, name), unit) for name, unit in units.items())
-        return " or ".join(f"{number(value, 6)} {unit}" for value, unit in found if value is not None) or "no cap"
+        return " or ".join(_amount(name, value) for name, value in asdict(self).items() if value) or "no cap"
+
+
+def _amount(name: str, value: float) -> str:
+    match name:
+        case "cost":
+            return f"{money(value)} USD"
+        case "minutes":
+            return f"{number(value)} minutes"
+        case _:
+            return f"{value:.0f} {name}"
 
 
 def checked_caps(caps: object) -> Caps:
@@ -50,7 +58,7 @@ def checked_caps(caps: object) -> Caps:
     if caps is None:
         return Caps()
     if not isinstance(caps, Caps):
-        raise ConfigError(f"caps are llmq.tune.guard.Caps(calls=500, cost=2.0, ...), got {caps!r}")
+        raise ConfigError(f"caps are llmq.tune.guard.Caps(calls=500, cost=2.0, ...), got {caps!r}; None for no cap")
     return caps
 
 
@@ -58,20 +66,22 @@ def checked_caps(caps: object) -> Caps:
 class Prediction:
     """The most that a sweep is expected to use.
 
-    `tokens` and `cost` None: no call has told any, or its model has no price.
+    `tokens` and `cost` None: no call has told any, or its model has no price. `virtual`: the minutes are of a virtual
+    clock.
     """
 
     calls: int
     minutes: float
     tokens: int | None = None
     cost: float | None = None
+    virtual: bool = False
 
     def __str__(self) -> str:
-        parts = [f"up to about {self.calls} calls", f"{self.minutes:.1f} minutes"]
+        parts = [f"up to about {self.calls} calls", f"{self.minutes:.1f} {'virtual ' if self.virtual else ''}minutes"]
         if self.tokens is not None:
             parts.append(f"{self.tokens} tokens")
         if self.cost is not None:
-            parts.append(f"{self.cost:.2f} USD")
+            parts.append(f"{money(self.cost)} USD")
         return ", ".join(parts)
 
 
@@ -84,11 +94,11 @@ EXTRA_WINDOWS = 12
 VIRTUAL_EXTRA_WINDOWS = 30
 """The same in virtual time, whose seconds cost nothing."""
 
+LEAST_EXTRA_SECONDS = 30.0
+"""What they may take in real time, however little was asked for."""
+
 WARM_UP_SECONDS = 2.0
 """What the warm-up takes at least."""
-
-LEAST_EXTRA_SECONDS = 30.0
-"""What they may always take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +158,7 @@ def predict(
         seconds / 60,
         None if tokens_per_call is None else round(calls * tokens_per_call),
         None if cost_per_call is None else calls * cost_per_call,
+        virtual,
     )
 
 
@@ -224,11 +235,11 @@ class Used(Ledger):
         """Which cap is met, in words, or None."""
         caps = self.caps
         if caps.calls is not None and self.calls >= caps.calls:
-            return f"{caps.calls} calls"
+            return _amount("calls", caps.calls)
         if caps.tokens is not None and self.tokens >= caps.tokens:
-            return f"{caps.tokens} tokens"
+            return _amount("tokens", caps.tokens)
         if caps.cost is not None and self.cost >= caps.cost:
-            return f"{caps.cost:g} USD"
+            return _amount("cost", caps.cost)
         return None
 
     def check_countable(self) -> None:
@@ -240,11 +251,12 @@ class Used(Ledger):
         if self.caps.cost is not None and self.cost_per_call is None:
             why = _NO_TOKENS if self.tokens_per_call is None else _NO_PRICE
             raise ConfigError(
-                f"the cap of {self.caps.cost:g} USD cannot be kept: {why}, or cap calls or minutes instead"
+                f"the cap of {money(self.caps.cost)} USD cannot be kept: {why}, or cap calls or minutes instead"
             )
 
     def check_caps(self) -> None:
         """Raise `Stopped` where a cap is met."""
-        met = f"{self.caps.minutes:g} minutes" if clock() >= self.ends_at else self.at_cap()
+        minutes = self.caps.minutes
+        met = _amount("minutes", minutes) if minutes is not None and clock() >= self.ends_at else self.at_cap()
         if met is not None:
             raise Stopped(f"stopped at the cap of {met}")

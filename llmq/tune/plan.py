@@ -305,7 +305,7 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
         return step
     above = next((p for p in found.feasible if p.level > chosen.level and not p.setting.paced), None)
     if above is not None and not brings_more(above, chosen):
-        step = _again(points, above, extra)  # and was not chosen for an unlucky one
+        step = _again(points, above, extra, windows=2.0)  # and was not chosen for an unlucky one
         if step is not None:
             return step
     if not chosen.steady:
@@ -313,12 +313,12 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
     return None
 
 
-def _again(points: Sequence[Point], point: Point, extra: Extra) -> Step | None:
+def _again(points: Sequence[Point], point: Point, extra: Extra, *, windows: float = 1.0) -> Step | None:
     """Once more, if it has been looked at but once, and there is time."""
     calls = min(ATTEMPTS_TO_PROVE, point.attempts)
     if _times_more(points, point.setting) > 0 or calls > extra.seconds * point.attempt_rate:
         return None
-    return _more(points, point.setting, calls=calls)
+    return _more(points, point.setting, windows=windows, calls=calls)
 
 
 def _more(

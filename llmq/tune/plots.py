@@ -287,22 +287,25 @@ def plot_before_after(changes: Sequence[Change], title: str = "Before and after"
     """(g) Pairs of figures as relative changes: hollow is before (0 %), filled is after.
 
     Each change is (name, unit, before, after, low, high); low and high are the 95 % interval of the relative change
-    (0.1: +10 %), None where it is not known. A change from 0 has no relative size and is given in words only.
+    (0.1: +10 %), None where it is not known. A change from 0, or of what is not known (NaN), has no relative size and
+    is given in words only.
 
     Frame: name, unit, before, after, change (relative, missing from 0), low, high.
     """
     if not changes:
         raise ConfigError("there is nothing to compare: give at least one (name, unit, before, after, low, high)")
     frame = pd.DataFrame(list(changes), columns=["name", "unit", "before", "after", "low", "high"])
-    relative = [after / before - 1 if before else None for _, _, before, after, _, _ in changes]
+    relative = [
+        after / before - 1 if before and math.isfinite(after / before) else None
+        for _, _, before, after, _, _ in changes
+    ]
     frame.insert(4, "change", pd.Series(relative, dtype=float))
     figure = new_figure(1.4 + 0.42 * max(2, len(changes)), title)
     axes = figure.add_subplot()
     axes.axvline(0, color=FAINT, lw=1)
     for row, ((_, unit, before, after, low, high), change) in enumerate(zip(changes, relative, strict=True)):
         axes.annotate(
-            f"{number(before, 4)} → {number(after, 4)} {plain(unit)}"
-            + ("" if change is None else f"  ({change:+.0%})"),
+            f"{_known(before)} → {_known(after)} {plain(unit)}" + ("" if change is None else f"  ({change:+.0%})"),
             (1.02, row),
             xycoords=axes.get_yaxis_transform(),
             va="center",
@@ -321,10 +324,14 @@ def plot_before_after(changes: Sequence[Change], title: str = "Before and after"
     axes.set_ylim(len(changes) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("change   (hollow: before, filled: after, bar: 95 % interval of the change)", fontsize=9)
+    axes.set_xlabel("change   (hollow: before, filled: after, bar: interval of the change, 95 %)", fontsize=9)
     dress(axes, "x")
     figure.frame = frame
     return figure
+
+
+def _known(value: float) -> str:
+    return number(value, 4) if math.isfinite(value) else "-"
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:

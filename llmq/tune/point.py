@@ -25,7 +25,7 @@ from llmq.tune.statistics import (
 )
 from llmq.words import number
 
-_SOON = 0.25
+_MOST_UNSETTLED = 0.25
 _FAR_MORE = 3.0
 CLIENT_CPU_SHARE = 0.85
 CLIENT_LAG_SHARE = 0.1
@@ -307,9 +307,9 @@ def settled_part(records: Records, window: Window, *, paced: bool = False) -> tu
     if seconds <= 0:
         return window, True
     cut = settled_from(block_counts(ends, window.start, window.end)) * seconds / BLOCKS
-    if cut > _SOON * seconds and _times_as_often(refused, window, window.start + cut) > 1:
+    if cut > _MOST_UNSETTLED * seconds and _times_as_often(refused, window, window.start + cut) > 1:
         cut = 0.0
-    early = [at for at in refused if at <= window.start + _SOON * seconds]
+    early = [at for at in refused if at <= window.start + _MOST_UNSETTLED * seconds]
     if paced and early and _times_as_often(refused, window, max(early)) >= _FAR_MORE:
         cut = max(cut, max(early) - window.start)
     if cut > 0:

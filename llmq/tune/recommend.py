@@ -177,9 +177,10 @@ def _what_binds(chosen: Point, points: Sequence[Point], bounds: Bounds) -> tuple
             text += f" or {number(rate.tokens / rate.seconds * 60)} tokens/min"
         how = "as its headers say and" if rate.told else "by"
         text += f" ({how} {rate.admitted} calls let in between refusals): {_refused_at(worst)}."
-        if limit.changes:
-            slowest, fastest = rate.slowest or rate.per_second, rate.fastest or rate.per_second
-            text += f" It changes: {number(slowest)} to {number(fastest)} calls/s were seen."
+        if limit.span is not None:
+            text += f" It changes: {number(limit.span[0])} to {number(limit.span[1])} calls/s were seen."
+        elif limit.changes:
+            text += " It was not let in evenly, so the limit may change."
         return limit.kind, text
     if chosen.offered_rate is not None and chosen.goodput >= _IN_PROPORTION * chosen.offered_rate:
         return "arrivals", f"All that arrives is served: {number(chosen.offered_rate)} calls/s arrive."

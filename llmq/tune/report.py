@@ -84,8 +84,8 @@ def _place(point: Point) -> tuple[float, ...]:
 
 def _cells(point: Point) -> tuple[str, ...]:
     few = "*" if point.succeeded < SAMPLES_FOR_P95 else ""
-    p95 = "-" if point.service_p95 is None else f"{point.service_p95:.3f}{few}"
-    waited = "-" if point.wait_p95 is None else f"{point.wait_p95:.3f}{few}"
+    p95 = "-" if point.service_p95 is None else f"{_seconds(point.service_p95)}{few}"
+    waited = "-" if point.wait_p95 is None else f"{_seconds(point.wait_p95)}{few}"
     return (
         short(point.setting),
         f"{point.goodput:.2f} ±{(point.goodput_high - point.goodput_low) / 2:.2f}",
@@ -97,4 +97,6 @@ def _cells(point: Point) -> tuple[str, ...]:
 
 
 def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else number(value, 2)

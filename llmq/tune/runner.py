@@ -13,7 +13,7 @@
   shows to be unsettled (`settled_part`).
 - A window lasts three times as long as the provider was seen to close for (a Retry-After, or nothing let in), up to
   three minutes: a limit on a minute is judged on minutes.
-- Event-loop lag and CPU tell when this client is the limit, and not the provider.
+- Event-loop lag and CPU tell when this client is the limit, and not the provider (`llmq.tune.running`).
 """
 
 from __future__ import annotations
@@ -162,6 +162,7 @@ class Runner:
             service_seconds=self.service_seconds,
             window_seconds=self.usual_seconds(),
             window_calls=self._load.calls or 0,
+            rate_per_second=self._offered_rate(),
             tokens_per_call=self.used.tokens_per_call,
             cost_per_call=self.used.cost_per_call,
             refine=refine,

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from llmq.errors import ConfigError, ProviderError, QueueHaltedError
 from llmq.items import ItemRun
 from llmq.ledger import BudgetEvent, Ledger
+from llmq.pipeline import Pipeline
 from llmq.queue import LLMQueue
 from llmq.records import AttemptRecord
 from llmq.retry import Kind, Verdict, classify, describe, limits_told
@@ -27,6 +28,7 @@ T = TypeVar("T")
 _LAG_SECONDS = 0.01
 _ERRORS_TO_GIVE_UP = 3
 _FAILURES_TO_GIVE_UP = 8
+_MOST_AT_ONE_MOMENT = 10_000
 
 
 class Run(Ledger):
@@ -172,8 +174,22 @@ async def consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
             halted = isinstance(outcome.error, QueueHaltedError)
             if halted or len(errors) >= hopeless:
                 _raise_hopeless(len(errors), outcome.error, "there is nothing to measure")
-        async for _ in stream:
-            pass
+        moment, at_once = -math.inf, 0
+        async for outcome in stream:
+            at_once = at_once + 1 if clock() == moment else 0
+            moment = clock()
+            if at_once >= _MOST_AT_ONE_MOMENT:
+                _raise_stuck(at_once, outcome.error)
+
+
+def _raise_stuck(calls: int, error: BaseException | None) -> NoReturn:
+    """On a virtual clock what never waits keeps the time from going on."""
+    raise ConfigError(
+        f"{calls} calls in a row took no virtual time"
+        + ("" if error is None else f" ({describe(error)})")
+        + ", so the "
+        "window would never end: let each wait by the loop's timers, also where it fails"
+    ) from error
 
 
 def _raise_hopeless(calls: int, error: BaseException, what: str) -> NoReturn:
@@ -186,10 +202,18 @@ def _raise_hopeless(calls: int, error: BaseException, what: str) -> NoReturn:
     ) from error
 
 
+def check_target(target: object) -> None:
+    """Raises ConfigError for what cannot be measured."""
+    if not isinstance(target, Pipeline) and not callable(target):
+        raise ConfigError(f"what is measured is a Pipeline, or an async function of one item; got {target!r}")
+
+
 def endless(items: Iterable[T]) -> Iterator[T]:
     """A collection over and over, an iterator as it is."""
     if isinstance(items, AsyncIterable):
-        raise ConfigError("sweep() needs a plain iterable of items, not an asynchronous one")
+        raise ConfigError("the items are a plain iterable, such as a list, and not an asynchronous one")
+    if not isinstance(items, Iterable):
+        raise ConfigError(f"the items are a list or an iterator; got {items!r}")
     if type(items).__name__ == "DataFrame":
         raise ConfigError(
             "the items are a DataFrame, which would give the names of its columns; give a column (df['prompt']), or "
@@ -198,5 +222,5 @@ def endless(items: Iterable[T]) -> Iterator[T]:
     if not isinstance(items, Collection):
         return iter(items)
     if len(items) == 0:  # the truth value of an array is ambiguous
-        raise ConfigError("sweep() needs at least one item")
+        raise ConfigError("at least one item is needed; got an empty collection")
     return itertools.cycle(items)

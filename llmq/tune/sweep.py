@@ -30,6 +30,7 @@ from llmq.tune.plan import Step, next_step, steps_left
 from llmq.tune.point import Point
 from llmq.tune.recommend import OperatingPoint, recommend
 from llmq.tune.runner import Load, Runner
+from llmq.tune.running import check_target
 from llmq.tune.standing import Bounds
 from llmq.tune.storage import ABOUT, PointStore, read_about, read_points
 from llmq.tune.sweep_bar import sweep_progress
@@ -360,12 +361,6 @@ class _Work:
             fast = _FAST * points[-1].goodput
             for earlier in (p for p in points if p.attempt_rate > fast):  # may have lived on what a rested bucket held
                 earlier.purpose = "burst"
-
-
-def check_target(target: object) -> None:
-    """Raises ConfigError for what cannot be measured."""
-    if not isinstance(target, Pipeline) and not callable(target):
-        raise ConfigError(f"what is measured is a Pipeline, or an async function of one item; got {target!r}")
 
 
 def _checked_levels(levels: Iterable[int]) -> list[int]:

@@ -17,6 +17,7 @@ from llmq.tune.guard import Caps, checked_caps
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Setting
 from llmq.tune.runner import Load, Runner
+from llmq.tune.running import check_target
 from llmq.tune.standing import ATTEMPTS_TO_PROVE, Bounds
 from llmq.tune.statistics import block_counts, count_interval
 from llmq.waiters import clock
@@ -96,6 +97,7 @@ async def verify(
     `caps` hold for all of it; see `Caps` for what counts with the flag off. `seconds`: hold it at least so long.
     The rest is as in `sweep`; raises what `sweep` raises, and `Stopped` at a cap.
     """
+    check_target(call_or_pipeline)
     settings = RuntimeEnv.instance().settings
     bounds = bounds or Bounds()
     open_items = settings.concurrency if open_items is None else open_items
@@ -161,7 +163,7 @@ def _checks(point: Point, bounds: Bounds, on: Rate, off: Rate, open_items: int) 
     if bounds.slo_p95 is not None:
         p95 = point.service_p95
         holds = None if p95 is None else bounds.broken_by(point) is None and bounds.unproven_by(point) is None
-        yield Check(f"p95 under {bounds.slo_p95:g} s", holds, f"{number(p95 or math.nan)} s")
+        yield Check(f"p95 under {number(bounds.slo_p95)} s", holds, f"{number(p95 or math.nan)} s")
     client = "" if point.cpu_share is None else f"{point.cpu_share:.0%} of a core, "
     lag = "" if point.loop_lag_p99 is None else f"loop lag p99 {1000 * point.loop_lag_p99:.0f} ms, "
     fine = point.limited_by != "client"

@@ -348,8 +348,8 @@ def with_limits(
         call = 1.0 if kind == "requests" else statistics.fmean(sample.tokens for sample in samples or (Sample(0, 0),))
         if per_minute is not None and per_minute < call:
             raise ConfigError(
-                f"{kind}_per_minute={per_minute:g} lets in less than one call a minute, a call is {number(call, 4)} "
-                f"{kind}; give a higher limit"
+                f"{kind}_per_minute={number(per_minute)} lets in less than one call a minute, a call is "
+                f"{number(call, 4)} {kind}; give a higher limit"
             )
     return replace(model, rates=tuple(rates.values()), concurrency=concurrency)
 
