@@ -180,6 +180,15 @@ async def test_points_are_saved_as_they_come_and_a_sweep_goes_on_where_it_stoppe
         await sweep_of(spec, [1, 2, 4], out=out, resume=True, seconds=3)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+async def test_levels_that_were_left_out_give_their_time_to_what_the_sweep_adds(seed):
+    """20 a second, 0.2 s each: 32 and 64 can only be refused more; what is left must do to come down from 10 to 5."""
+    spec = {"latency_seconds": 0.2, "sigma": 0, "requests_per_minute": 1200}
+    found = await sweep_of(spec, [4, 8, 16, 32, 64], seconds=5, seed=seed)
+    assert {p.level for p in found.points if p.purpose == "level"} == {4, 8, 16}
+    assert found.recommend().level in (4, 5, 6)
+
+
 async def test_a_folder_without_points_is_a_new_one():
     """A sweep that was not wanted after its first few calls leaves one."""
     stopped = await sweep_of({"latency_seconds": 0.1}, [1], out="out", refine=False, on_plan=lambda _: False)

@@ -286,7 +286,9 @@ class _Work:
         """What to measure next."""
         extra = Extra(0)
         if self.refine:
-            extra = Extra.left(self.extra_windows, self.asked_seconds, self.extra_seconds, virtual=self.virtual)
+            measured = max(1, sum(p.purpose == "level" for p in self.result.points))
+            asked = self.asked_seconds * max(1.0, len(self.order) / measured)  # levels that were left out as well
+            extra = Extra.left(self.extra_windows, asked, self.extra_seconds, virtual=self.virtual)
         return next_step(self.result.points, self.order, self.result.bounds, extra)
 
     async def run(self) -> None:
