@@ -123,7 +123,7 @@ def compare_sweeps(before: Sweep | str | Path, after: Sweep | str | Path) -> Com
     """
     old, new = _sweep(before), _sweep(after)
     old_points, new_points = ({p.setting: p for p in each.judged()} for each in (old, new))
-    pairs = [(f"at {s}", old_points[s], new_points[s]) for s in old_points if s in new_points]
+    pairs = [(f"at {short(s)}", old_points[s], new_points[s]) for s in old_points if s in new_points]
     old_answer, new_answer = old.recommend().setting, new.recommend().setting
     if old_answer is not None and new_answer is not None:
         pairs.append((_operating_name(old_answer, new_answer), old_points[old_answer], new_points[new_answer]))
