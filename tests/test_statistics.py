@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmq.tune.running import lag_p99
 from llmq.tune.statistics import (
     SAMPLES_FOR_P95,
     block_counts,
@@ -158,3 +159,10 @@ def test_spread_is_the_coefficient_of_variation():
     assert spread([1.0, 3.0]) == pytest.approx(math.sqrt(2) / 2)
     assert spread([2.0, 2.0, 2.0]) == 0.0
     assert spread([2.0]) == spread([]) == 1.0
+
+
+def test_two_hiccups_in_a_second_are_no_lag_of_the_client():
+    assert lag_p99([0.001] * 98 + [0.05, 0.06]) == 0.001
+    assert lag_p99([0.001] * 97 + [0.05] * 3) == pytest.approx(0.05)
+    assert lag_p99([0.001] * 900 + [0.05] * 20) == 0.05
+    assert (lag_p99([]), lag_p99([0.2]), lag_p99([0.1, 0.2])) == (None, 0.2, 0.1)

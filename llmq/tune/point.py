@@ -101,8 +101,8 @@ class Point:
       token) / (output tokens - 1), for streams. Percentile intervals are distribution-free (order statistics).
     - `tokens_per_second*`: prompts and answers of successful calls. `cost`: USD, with the price of every model that was
       called.
-    - `cpu_share` of one core and `loop_lag_p99` of this client; None in virtual time. `limited_by`: "client" or
-      "pipeline" where the window says nothing about the provider.
+    - `cpu_share` of one core and `loop_lag_p99` (the third longest of fewer than 200 looks) of this client; None in
+      virtual time. `limited_by`: "client" or "pipeline" where the window says nothing about the provider.
     - `ok_blocks`: successful calls in each of equal parts of the window, from which intervals and bootstraps come.
     - `rate`: what refusals by a rate tell of it, `separation`: whether refusals depend on what is in flight
       (`llmq.tune.limits`). `longest_hold_seconds`: the longest Retry-After.
