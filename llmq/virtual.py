@@ -75,6 +75,7 @@ async def in_virtual_time(work: Coroutine[Any, Any, R] | Callable[[], Coroutine[
         except asyncio.CancelledError as error:
             cancelled = error
             run.cancel()
+    run.thread.join()  # it has told its end, and has no more to do
     if cancelled is not None:
         if not ended.cancelled():
             ended.exception()  # looked at: whatever it was, we were cancelled
@@ -95,7 +96,8 @@ class _VirtualRun(Generic[R]):
         self._loop = VirtualLoop()
         self._task: asyncio.Task[R] | None = None
         self._cancelled = False
-        threading.Thread(target=self._run, name="llmq-virtual", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="llmq-virtual", daemon=True)
+        self.thread.start()
 
     def cancel(self) -> None:
         """From the caller's thread."""
