@@ -208,10 +208,11 @@ def test_the_window_for_drift_changes_no_limit():
 
 def test_a_rate_changes_where_a_window_that_was_kept_full_is_unsteady():
     """A steady limit lets in what it lets in, to a few per cent."""
-    steady = point(16, 5.0, refused=300, rate=rate(500, 100.0), error=0.02)
-    unsteady = point(32, 5.0, refused=300, rate=rate(500, 100.0), error=0.08)
+    steady = point(16, 5.0, refused=300, rate=rate(500, 100.0), error=0.02, seconds=60.0)
+    unsteady = point(32, 5.0, refused=300, rate=rate(500, 100.0), error=0.08, seconds=60.0)
     assert not limit_found([point(4, 4.0), steady]).changes
     assert limit_found([point(4, 4.0), steady, unsteady]).changes
+    assert not limit_found([point(4, 4.0), steady, dataclasses.replace(unsteady, window_seconds=5.0)]).changes
     few = dataclasses.replace(unsteady, attempts=400, refused=120)
     hardly = point(8, 5.0, refused=50, error=0.08)
     assert not limit_found([point(4, 4.0), steady, few, hardly]).changes

@@ -21,6 +21,7 @@ _CONFIRMED = 0.1
 _CHANGING = 0.75
 _UNSTEADY = 0.05
 _CALLS_TO_BE_STEADY = 500
+_SECONDS_TO_BE_STEADY = 20.0
 _CLEARLY_REFUSED = 0.1
 
 
@@ -230,11 +231,11 @@ def _span(rate: RateSeen, full: Iterable[Point]) -> tuple[float, float] | None:
 
 
 def _is_unsteady(full: Iterable[Point]) -> bool:
-    """A steady limit lets in what it lets in, to a few per cent."""
+    """A steady limit lets in what it lets in, to a few per cent; in a few seconds its bucket hides that."""
     return any(
         p.goodput_error > _UNSTEADY * p.goodput
         for p in full
-        if p.attempts >= _CALLS_TO_BE_STEADY and not p.setting.paced
+        if p.attempts >= _CALLS_TO_BE_STEADY and p.window_seconds >= _SECONDS_TO_BE_STEADY and not p.setting.paced
     )
 
 
