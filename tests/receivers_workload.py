@@ -61,7 +61,7 @@ class Calls:
         async with asyncio.TaskGroup() as group:
             for stage in ("features_3", "mapping_3_data", "descriptions") * 3:
                 group.create_task(self.one(self.queue, self.chat, stage, **patient))
-            group.create_task(self.one(self.queue, functools.partial(self.chat, stream=True), "streamed"))
+            group.create_task(self.one(self.queue, functools.partial(self.chat, stream=True), "streamed", **patient))
             group.create_task(self.one(self.queue, functools.partial(self.fail, ValueError("no")), "broken"))
             group.create_task(self.one(self.queue, functools.partial(self.fail_once, []), "flaky", "other", **patient))
             group.create_task(self.one(self.hasty, sleep, "slow"))
