@@ -129,7 +129,7 @@ class _VirtualRun(Generic[R]):
 
 
 class _JumpingSelector(selectors.BaseSelector):
-    """Polls the real selector without waiting; where it would wait, the loop's clock jumps instead."""
+    """Where the real selector would wait, polls it, and if nothing is there the loop's clock jumps."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
@@ -137,8 +137,10 @@ class _JumpingSelector(selectors.BaseSelector):
         self._threads = threading.active_count()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return []  # tasks are ready; what a thread wakes is among them already
         ready = self._real.select(0)
-        if ready or (timeout is not None and timeout <= 0):
+        if ready:
             return ready
         self._refuse_workers()
         if timeout is None:

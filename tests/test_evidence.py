@@ -5,13 +5,22 @@ import math
 
 import pytest
 
-from llmq.tune.evidence import drift, judged, limit_found, rate_found
+from llmq.tune.evidence import Limit, drift, judged, limit_found, rate_found
 from llmq.tune.limits import RateSeen, Separation
 from llmq.tune.point import Setting
 from llmq.tune.statistics import wilson
 from tests.windows import point, rate
 
 CLEAR, NOT_CLEAR = Separation(0.99, 12, 12), Separation(0.6, 30, 25)
+
+
+def test_what_a_limit_lets_in_at_its_slowest():
+    seen = RateSeen(400, 0, 100.0, 9, 3.0, 5.0)
+    assert Limit("requests", 0.3).lets_in == 0
+    assert Limit("concurrency", 0.3, most=8).lets_in == 0
+    assert Limit("requests", 0.3, dataclasses.replace(seen, slowest=None)).lets_in == 4
+    assert Limit("requests", 0.3, seen).lets_in == 3
+    assert Limit("requests", 0.3, seen, span=(2.0, 5.0)).lets_in == 2
 
 
 def test_windows_of_one_setting_are_one_point():

@@ -221,6 +221,24 @@ async def test_a_limit_found_midway_makes_what_came_before_be_measured_again():
     assert bursts <= {p.level for p in found.points if p.purpose == "level"}, "each was measured again"
 
 
+async def test_a_bucket_is_emptied_only_for_a_level_that_could_live_on_it():
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=1, requests_per_minute=1200, bucket_seconds=30))
+    sent, rested = [], 600
+
+    def note(progress):
+        if progress.point is not None:
+            before = sum(calls for _, calls in sent)
+            sent.append((progress.point.level, provider.stats()["requests"] - before))
+
+    await llmq.sweep(
+        caller(provider), range(10), [2, 16, 64], virtual=True, calls=1500, refine=False, seed=7, on_progress=note
+    )
+    levels = dict(sent)
+    assert list(levels) == [64, 2, 16], "the limit is known first, and the bucket rests before 16"
+    assert levels[16] > 1500 + rested
+    assert 1500 <= levels[2] < 1510
+
+
 async def test_a_complete_sweep_is_resumed_without_a_call():
     provider = SimulatedProvider(ProviderSpec(latency_seconds=0.1))
     options = {"seconds": 1, "out": "out", "on_progress": lambda _: None}

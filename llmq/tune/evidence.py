@@ -185,6 +185,12 @@ class Limit:
     changes: bool = False
     span: tuple[float, float] | None = None
 
+    @property
+    def lets_in(self) -> float:
+        """Calls a second that a limit on a rate lets in at its slowest; 0: not known."""
+        seen = [] if self.rate is None else [self.rate.per_second, self.rate.slowest, self.span and self.span[0]]
+        return min((rate for rate in seen if rate is not None), default=0.0)
+
 
 def limit_found(points: Iterable[Point]) -> Limit | None:
     """What the refusals of a sweep are about; None where there are none, or too few to say.

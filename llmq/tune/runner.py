@@ -7,7 +7,8 @@
   burst that flatters whichever level comes first, then left to refill a little: for one service time, since the first
   calls of a level come all at once, and for three standard deviations of how many calls a window brings, since a
   level right at the limit has ups and downs. What is above the limit by more than that runs dry within its window.
-  One that is closed for longer, as it says or was seen to be, is waited for.
+  One that is closed for longer, as it says or was seen to be, is waited for. For a level that is far below the rate
+  it is not emptied: that level cannot live on what is in it.
 - Of each window, what happens until the level is reached and one service time has passed is discarded (one of the
   window before, where that is longer: a server may work on at what was cancelled), and then what the series itself
   shows to be unsettled (`settled_part`).
@@ -53,6 +54,7 @@ _LOOK_SECONDS = (0.01, 0.25)
 _FEW_CALLS = 8
 _LAST_CALLS = 100
 _EMPTYING_SECONDS = 60.0
+_FAR_BELOW = 0.25
 _MARGIN_DEVIATIONS = 3.0
 _MOST_LONGER = 5.0
 _HOLDS = 3.0
@@ -111,6 +113,8 @@ class Runner:
         self.service_spread = 0.5
         self.probed = False
         self.rate_limited = False
+        self.lets_in = 0.0
+        """Calls a second that the provider's limit on a rate lets in at its slowest; 0: not known."""
         self.hidden_retries = False
 
     async def probe(self) -> None:
@@ -181,7 +185,7 @@ class Runner:
         least = max(step.windows * usual, wished, _HOLDS * self._longest_hold)
         calls = max(step.calls, math.ceil(step.windows * (self._load.calls or 0)))
         if self.rate_limited:
-            await self._empty_bucket(step.setting.level, least)
+            await self._prepare_bucket(step.setting.level, least)
         left_seconds = self._left_seconds  # a server may go on with what the last window cancelled
         async with self._running(step.setting, order) as run:
             started_at = clock()
@@ -218,7 +222,7 @@ class Runner:
     async def hold(self, setting: Setting | None, seconds: float, begun: Callable[[], bool]) -> tuple[float, float]:
         """Run at a setting, or (None) with the flag off, for so long after it has `begun`; from when to when."""
         if self.rate_limited:
-            await self._empty_bucket(self._open_items if setting is None else setting.level, seconds)
+            await self._prepare_bucket(self._open_items if setting is None else setting.level, seconds)
         async with self._running(setting) as run:
             await run.until(clock() + 2.0 * self.service_seconds)
             await run.until(clock() + 100.0 * self.service_seconds, begun)
@@ -236,14 +240,16 @@ class Runner:
             rates.append(offered)
         return _MOST_LONGER * calls / min(rates)
 
-    async def _empty_bucket(self, level: int, window_seconds: float) -> None:
-        """Spend what a rested bucket holds, at the highest level; then let it refill a little.
+    async def _prepare_bucket(self, level: int, window_seconds: float) -> None:
+        """Spend what a rested bucket holds, at the highest level, if it matters; then let it refill a little.
 
         A window brings n = window * level / service calls, give or take cv * sqrt(n) (a renewal count, Cox 1962).
         """
-        async with self._running(Setting(self._highest)) as run:
-            await run.until(clock() + _EMPTYING_SECONDS, lambda: run.rate_refusals > 0)
-            told = self._learn_hold(run.queue.records())
+        told = 0.0
+        if level / self.service_seconds >= _FAR_BELOW * self.lets_in:
+            async with self._running(Setting(self._highest)) as run:
+                await run.until(clock() + _EMPTYING_SECONDS, lambda: run.rate_refusals > 0)
+                told = self._learn_hold(run.queue.records())
         calls = window_seconds * level / self.service_seconds
         ups_and_downs = _MARGIN_DEVIATIONS * self.service_spread / math.sqrt(calls) * window_seconds
         await asyncio.sleep(max(self.service_seconds + ups_and_downs, told or self._longest_hold))

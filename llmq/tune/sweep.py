@@ -357,6 +357,7 @@ class _Work:
         """Whether there is a bucket to empty before each window, from now on."""
         points = self.result.points
         limit = limit_found(points)
+        runner.lets_in = 0.0 if limit is None else limit.lets_in
         if limit is not None and limit.kind not in RATES:
             runner.rate_limited = False
         elif runner.rate_limited and not known_before and all(p.purpose != "burst" for p in points):
