@@ -162,7 +162,7 @@ def tune(
                     slo_p95=slo_p95,
                     max_429_ratio=max_429_ratio,
                     caps=caps,
-                    on_plan=None if not paid else _asks if at_terminal and not yes else _tells,
+                    on_plan=_asks if paid and at_terminal and not yes else _tells,
                     out=out,
                     resume=resume,
                     title=f"{target} against {where}",

@@ -68,10 +68,10 @@ def test_more_goodput_at_the_operating_point_is_better():
 def test_a_comparison_is_drawn_with_its_units_but_no_shares():
     slower = sweep(*(point(n, min(n, 4.0), service_p95=3.0) for n in (1, 2, 4, 8)))
     frame = compare_sweeps(BASE, slower).plot("then and now").frame
-    assert not any("429" in name for name in frame.name)
-    assert dict(zip(frame.name, frame.unit, strict=True))["at 2: goodput"] == "calls/s"
-    times = frame[frame.name == "at 2: service p95"].iloc[0]
-    assert (times.unit, times.before, times.after, times.change) == ("s", 1.5, 3.0, 1.0)
+    assert not any("429" in name for name in frame.what)
+    assert dict(zip(frame.what, frame.unit, strict=True))["at 2: goodput"] == "calls/s"
+    times = frame[frame.what == "at 2: service p95"].iloc[0]
+    assert (times.unit, times.before, times.after, times.change, times.verdict) == ("s", 1.5, 3.0, 1.0, "undecided")
 
 
 def test_what_is_not_known_is_drawn_as_not_known():

@@ -269,11 +269,11 @@ def test_predict_makes_a_few_calls_and_says_what_all_of_it_would_use():
 
 def test_predict_touches_no_folder_and_says_where_a_cap_leaves_nothing_to_predict_from(tmp_path):
     async def main():
-        found = explorer(Asking(), range(5), [2, 4], caps=Caps(calls=3), out=tmp_path, **OPTIONS)
+        found = explorer(Asking(), range(5), [2, 4], caps=Caps(tokens=10), out=tmp_path, **OPTIONS)
         field(found, "Predict").click()
         await end_of(found)
         assert found._status.value == NOTHING_TO_PREDICT
-        field(found, "at most calls").value = "300"
+        field(found, "tokens").value = "300000"
         field(found, "Predict").click()
         await end_of(found)
         assert found._status.value == PREDICTED

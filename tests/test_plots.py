@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from llmq.errors import ConfigError
 from llmq.records import AttemptRecord, RecordList, Records
+from llmq.tune.compare import Change
 from llmq.tune.drawing import zones
 from llmq.tune.figures import HIGHEST_LABEL, WIDTH_INCHES, kept_apart, level_ticks
 from llmq.tune.plots import (
@@ -236,11 +237,13 @@ def test_percentiles_of_a_level_that_was_not_measured_are_refused(measured):
 
 
 def test_before_and_after_are_relative_and_a_change_from_nothing_has_no_size():
-    figure = plot_before_after([("goodput", "ok/s", 2.0, 3.0, 0.4, 0.6), ("errors $x$", "", 0.0, 0.1, None, None)])
+    goodput = Change("goodput", 2.0, 3.0, 0.5, 0.4, 0.6, "better", unit="ok/s")
+    errors = Change("errors $x$", 0.0, 0.1, 0.1, None, None, "undecided")
+    figure = plot_before_after([goodput, errors])
     assert figure.frame["change"].tolist()[0] == 0.5
     assert figure.frame["change"].isna().tolist() == [False, True]
     words = words_of(figure)
-    assert "2 → 3 ok/s  (+50%)" in words
+    assert "2 → 3 ok/s  (+50%, better)" in words
     assert "0 → 0.1 " in words
     assert is_whole(figure)
     with pytest.raises(ConfigError, match="nothing to compare"):

@@ -91,6 +91,15 @@ async def test_a_sweep_tells_what_its_caps_leave():
     assert found.left is None
 
 
+@pytest.mark.parametrize("options", [{"calls": 500}, {"virtual": True}])
+async def test_a_cap_that_leaves_no_window_is_refused_before_anything_is_called(options):
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=1))
+    options = {"seconds": None, "caps": Caps(calls=500), **options}
+    with pytest.raises(ConfigError, match=r"a window has \d+ calls, and the cap is 500, so no level would be measured"):
+        await quiet(caller(provider), range(5), [1], **options)
+    assert provider.stats()["requests"] == 0
+
+
 @pytest.mark.parametrize(
     ("caps", "tokens", "prices", "message"),
     [
@@ -242,6 +251,11 @@ async def test_what_cannot_be_measured_is_refused_before_anything_is_called(targ
     for measured in (quiet(target, range(5), [2]), verify(target, range(5), Setting(2))):
         with pytest.raises(ConfigError, match=f"a Pipeline, or an async function of one item; got {target!r}"):
             await measured
+
+
+async def test_a_plain_function_is_told_that_it_cannot_be_awaited():
+    with pytest.raises(ConfigError, match="returned int, which cannot be awaited; use an asynchronous client"):
+        await quiet(lambda _: 3, range(5), [2])
 
 
 # --- items and levels

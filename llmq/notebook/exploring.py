@@ -19,17 +19,17 @@ import io
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, fields
 from html import escape
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from llmq.errors import ConfigError, LLMQError
+from llmq.notebook.form import CAP_NAMES, Plan, first_form
 from llmq.notebook.pictures import as_html, figures_table, points_svg
 from llmq.pipeline import Pipeline
 from llmq.progress import Bar
 from llmq.tune.dry_run import guess
-from llmq.tune.guard import Caps, Prediction, checked_caps
+from llmq.tune.guard import Prediction
 from llmq.tune.point import Point
 from llmq.tune.report import short, text_table
 from llmq.tune.running import check_target, endless
@@ -50,7 +50,6 @@ NOTHING_TO_PREDICT = "Nothing more was called: it ended before there was anythin
 NO_LOOP = "No event loop is running here, so nothing was started: make the explorer in a cell of a notebook"
 DRAW_SECONDS = 0.25
 _LONGEST_LINE = 300
-_CAP_NAMES = tuple(field.name for field in fields(Caps))
 
 
 def explorer(
@@ -81,49 +80,6 @@ def explorer(
     return found
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the form says. Made by `Plan.read`, which raises ConfigError."""
-
-    levels: list[int]
-    seconds: float | None
-    calls: int | None
-    refine: bool
-    caps: Caps
-
-    @classmethod
-    def read(cls, form: dict[str, Any]) -> Plan:
-        """From texts by name; an empty one is None."""
-        try:
-            levels = [int(word) for word in form["levels"].replace(",", " ").split()]
-        except ValueError:
-            raise ConfigError(f"levels are whole numbers, like 1 2 4 8; got {form['levels']!r}") from None
-        if not levels or min(levels) < 1:
-            raise ConfigError(f"levels are calls at once, each at least 1; got {form['levels']!r}")
-        caps = {name: _number(f"the cap on {name}", form[f"most {name}"]) for name in _CAP_NAMES}
-        whole = {name: None if (cap := caps[name]) is None else int(cap) for name in ("calls", "tokens")}
-        calls = _number("calls", form["calls"])
-        return cls(
-            levels,
-            _number("seconds", form["seconds"]),
-            None if calls is None else max(1, int(calls)),
-            form["refine"],
-            Caps(**{**caps, **whole}),  # type: ignore[arg-type]
-        )
-
-
-def _number(name: str, text: str) -> float | None:
-    if not text.strip():
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{name} is a number above 0, or empty; got {text!r}")
-    return value
-
-
 class Explorer:
     """Made by `explorer`. `widget` is the ipywidgets box, None without ipywidgets; `task` the sweep under way."""
 
@@ -133,7 +89,7 @@ class Explorer:
         self.widget: Any = None
         self.task: asyncio.Task[None] | None = None
         self._target, self._items, self._options = target, items, options
-        self._form: dict[str, Any] = _first_form(levels, options)
+        self._form: dict[str, Any] = first_form(levels, options)
         self._loop = _running_loop()
         self._display_id: str | None = None
         self._points: list[Point] = []
@@ -201,7 +157,7 @@ class Explorer:
             layout=w.Layout(flex_flow="row wrap"),
         )
         labels = {"calls": "at most calls", "tokens": "tokens", "cost": "USD", "minutes": "minutes"}
-        caps = w.HBox([text(f"most {name}", labels[name], "no cap") for name in _CAP_NAMES])
+        caps = w.HBox([text(f"most {name}", labels[name], "no cap") for name in CAP_NAMES])
         caps.layout.flex_flow = "row wrap"
         self._measure_button = w.Button(description="Measure", button_style="primary", icon="play")
         self._predict_button = w.Button(description="Predict", tooltip="a few calls, and what all of it would use")
@@ -441,23 +397,6 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
     return text if isinstance(error, LLMQError) else f"{type(error).__name__}: {text}"
-
-
-def _first_form(levels: Iterable[int] | str, options: dict[str, Any]) -> dict[str, Any]:
-    caps = checked_caps(options.get("caps"))
-    if not isinstance(levels, Iterable):
-        raise ConfigError(f"levels are calls at once, a list of whole numbers; got {levels!r}")
-    return {
-        "levels": levels if isinstance(levels, str) else " ".join(str(level) for level in levels),
-        "seconds": _text(options.get("seconds")),
-        "calls": _text(options.get("calls")),
-        "refine": options.get("refine", True),
-        **{f"most {name}": _text(getattr(caps, name)) for name in _CAP_NAMES},
-    }
-
-
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.10g}"
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -86,7 +86,7 @@ class Comparison:
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[each.name for each in fields(Change)])
 
     def plot(self, title: str = "Before and after") -> Figure:
-        """One figure: relative changes with their intervals; hollow is before, filled is after.
+        """One figure: relative changes with their intervals and verdicts; hollow is before, filled is after.
 
         Shares, whose change is no quotient, are in the text only. Raises ConfigError where nothing else was compared.
         """
@@ -95,7 +95,7 @@ class Comparison:
         rows = [row for row in self.rows if row.relative]
         if not rows:
             raise ConfigError(f"there is no relative change to draw; print the comparison: {self.reason}")
-        return plot_before_after([(r.what, r.unit, r.before, r.after, r.low, r.high) for r in rows], title)
+        return plot_before_after(rows, title)
 
     def __str__(self) -> str:
         shown = Table(header_style="bold", box=SIMPLE_HEAD)

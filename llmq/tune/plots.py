@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -52,6 +53,7 @@ from llmq.tune.statistics import SAMPLES_FOR_P95
 from llmq.words import number
 
 if TYPE_CHECKING:
+    from llmq.tune.compare import Change
     from llmq.tune.point import Point
     from llmq.tune.recommend import OperatingPoint
     from llmq.tune.standing import Bounds
@@ -280,51 +282,50 @@ def plot_percentiles(sweep: Sweep, level: int | None = None) -> SweepFigure:
     return figure
 
 
-Change = tuple[str, str, float, float, float | None, float | None]
+_VERDICTS = {"better": (ACCENT, "^"), "worse": (WARNING, "v"), "undecided": (FAINT, "o")}
 
 
 def plot_before_after(changes: Sequence[Change], title: str = "Before and after") -> SweepFigure:
-    """(g) Pairs of figures as relative changes: hollow is before (0 %), filled is after.
+    """(g) Relative changes: hollow is before (0 %), filled is after, its colour and shape the verdict.
 
-    Each change is (name, unit, before, after, low, high); low and high are the 95 % interval of the relative change
-    (0.1: +10 %), None where it is not known. A change from 0, or of what is not known (NaN), has no relative size and
-    is given in words only.
+    A change from 0, or of what is not known (NaN), has no relative size and is given in words only.
 
-    Frame: name, unit, before, after, change (relative, missing from 0), low, high.
+    Frame: the fields of `Change`, with `change` relative, and missing from 0.
     """
     if not changes:
-        raise ConfigError("there is nothing to compare: give at least one (name, unit, before, after, low, high)")
-    frame = pd.DataFrame(list(changes), columns=["name", "unit", "before", "after", "low", "high"])
-    relative = [
-        after / before - 1 if before and math.isfinite(after / before) else None
-        for _, _, before, after, _, _ in changes
-    ]
-    frame.insert(4, "change", pd.Series(relative, dtype=float))
+        raise ConfigError("there is nothing to compare: give at least one change")
+    frame = pd.DataFrame([asdict(row) for row in changes])
+    relative = [row.after / row.before - 1 if row.before else None for row in changes]
+    relative = [change if change is not None and math.isfinite(change) else None for change in relative]
+    frame["change"] = pd.Series(relative, dtype=float)
     figure = new_figure(1.4 + 0.42 * max(2, len(changes)), title)
     axes = figure.add_subplot()
     axes.axvline(0, color=FAINT, lw=1)
-    for row, ((_, unit, before, after, low, high), change) in enumerate(zip(changes, relative, strict=True)):
+    for row, (each, change) in enumerate(zip(changes, relative, strict=True)):
+        color, marker = _VERDICTS[each.verdict]
+        size = "" if change is None else f"  ({change:+.0%}, {each.verdict})"
         axes.annotate(
-            f"{_known(before)} → {_known(after)} {plain(unit)}" + ("" if change is None else f"  ({change:+.0%})"),
+            f"{_known(each.before)} → {_known(each.after)} {plain(each.unit)}{size}",
             (1.02, row),
             xycoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=9,
+            color=INK if each.verdict == "undecided" else color,
             parse_math=False,
             annotation_clip=False,
         )
         if change is None:
             continue
-        if low is not None and high is not None:
-            axes.plot([low, high], [row, row], color=INK, lw=5, alpha=0.25, solid_capstyle="butt")
+        if each.low is not None and each.high is not None:
+            axes.plot([each.low, each.high], [row, row], color=color, lw=5, alpha=0.3, solid_capstyle="butt")
         axes.annotate("", (change, row), (0, row), arrowprops={"arrowstyle": "-", "color": INK, "lw": 1})
         axes.plot(0, row, "o", ms=6, color=INK, markerfacecolor="white", zorder=3)
-        axes.plot(change, row, "o", ms=6, color=ACCENT, zorder=3)
-    axes.set_yticks(range(len(changes)), [plain(name) for name, *_ in changes], parse_math=False)
+        axes.plot(change, row, marker, ms=7, color=color, zorder=3)
+    axes.set_yticks(range(len(changes)), [plain(each.what) for each in changes], parse_math=False)
     axes.set_ylim(len(changes) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("change   (hollow: before, filled: after, bar: interval of the change, 95 %)", fontsize=9)
+    axes.set_xlabel("change, interval 95 %   (hollow: before, filled: after; up: better, down: worse)", fontsize=9)
     dress(axes, "x")
     figure.frame = frame
     return figure

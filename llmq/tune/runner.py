@@ -43,7 +43,7 @@ from llmq.tune.guard import WARM_UP_SECONDS, Caps, Prediction, Stopped, Used, pr
 from llmq.tune.limits import by_a_rate, closed_seconds
 from llmq.tune.plan import Step
 from llmq.tune.point import Point, Purpose, Setting, Window, measure, settled_part
-from llmq.tune.running import ClientMeter, Run, consume, endless
+from llmq.tune.running import ClientMeter, Run, awaitable, consume, endless
 from llmq.tune.statistics import percentile, spread
 from llmq.unqueued import unqueued
 from llmq.waiters import clock
@@ -348,7 +348,7 @@ class Runner:
 
         async def ungated(item: Any) -> object:
             with using(None):  # it holds a slot already: what it submits itself must not wait for a second one
-                return await call(item)
+                return await awaitable(call(item), call)
 
         async def one(item: Any) -> object:
             return await queue.submit(functools.partial(ungated, item), meta=meta, retry=self._retry)

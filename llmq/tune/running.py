@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import math
 import time
-from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from llmq.errors import ConfigError, ProviderError, QueueHaltedError
@@ -189,11 +190,10 @@ async def consume(outcomes: ItemRun[Any, Any], *, proven: bool) -> None:
 
 def _raise_stuck(calls: int, error: BaseException | None) -> NoReturn:
     """On a virtual clock what never waits keeps the time from going on."""
+    why = "" if error is None else f" ({describe(error)})"
     raise ConfigError(
-        f"{calls} calls in a row took no virtual time"
-        + ("" if error is None else f" ({describe(error)})")
-        + ", so the "
-        "window would never end: let each wait by the loop's timers, also where it fails"
+        f"{calls} calls in a row took no virtual time{why}, so the window would never end: let each wait by the loop's "
+        "timers, also where it fails"
     ) from error
 
 
@@ -211,6 +211,16 @@ def check_target(target: object) -> None:
     """Raises ConfigError for what cannot be measured."""
     if not isinstance(target, Pipeline) and not callable(target):
         raise ConfigError(f"what is measured is a Pipeline, or an async function of one item; got {target!r}")
+
+
+def awaitable(result: Awaitable[T], call: object) -> Awaitable[T]:
+    """What `call` returned. Raises ConfigError for what a plain function returns."""
+    if not inspect.isawaitable(result):
+        raise ConfigError(
+            f"what is measured is an async function, but {call!r} returned {type(result).__name__}, which cannot be "
+            "awaited; use an asynchronous client, or asyncio.to_thread for one that blocks"
+        )
+    return result
 
 
 def endless(items: Iterable[T]) -> Iterator[T]:

@@ -230,6 +230,11 @@ async def sweep(
     load = Load(
         _positive("seconds", seconds), _checked_calls(calls), _checked_arrivals(arrivals, call_or_pipeline), seed
     )
+    if load.calls is not None and caps.calls is not None and caps.calls <= load.calls:
+        raise ConfigError(
+            f"a window has {load.calls} calls, and the cap is {caps.calls}, so no level would be measured; raise the "
+            "cap (--max-calls), or measure fewer calls (calls=, --calls)"
+        )
     what = _describe(call_or_pipeline, title, load, virtual=virtual)
     store = None if out is None else PointStore(Path(out), what, resume=resume)
     unpaced = settings.llm_queue_enabled and not settings.queue_policy.limits
