@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import llmq
 from llmq import LLMQueue, RuntimeEnv, Settings
-from llmq.tune.point import Window
+from llmq.tune.point import Setting, Window
 from llmq.tune.point import measure as measure_point
 
 WAITERS = 10_000
@@ -165,7 +165,7 @@ def timed(
 
 def recorded(benchmark: Any, queue: LLMQueue, start: float, end: float, *, virtual: bool) -> None:
     """Put what the queue recorded between two moments of its loop's clock into `extra_info`."""
-    point = measure_point(queue.max_concurrency, queue.records(), Window(start, end, 0.0))
+    point = measure_point(Setting(queue.max_concurrency), queue.records(), Window(start, end, 0.0))
     names = ("goodput", "service_p50", "service_p95", "wait_p50", "wait_p95", "share_429", "in_flight")
     benchmark.extra_info.update({name: getattr(point, name) for name in names}, virtual=virtual)
 
