@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -166,6 +167,19 @@ def test_a_run_has_its_name_once_it_is_complete(suite, tmp_path, code):
     with mock.patch("subprocess.run", process), pytest.raises(SystemExit) if code else nullcontext():
         suite.run(tmp_path / "run", 1, [])
     assert (tmp_path / "run").exists() == (code == 0)
+
+
+@pytest.mark.alone
+def test_the_suites_pass_and_what_they_save_is_read(tmp_path):
+    """Without the comparison of HTTP clients, in which nothing is ours."""
+    home, saved = Path(__file__).parents[1], tmp_path / "1.json"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", "not test_transport", "--benchmark-quiet"]
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(saved)], cwd=home, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    goodput = read_benchmarks(saved)["benchmarks/test_throughput.py::test_virtual[4]"].metrics["goodput"]
+    assert goodput == pytest.approx([20], rel=0.1), "4 calls at once of 0.2 s"
 
 
 def test_a_run_of_no_process_is_refused(suite, capsys):
