@@ -359,7 +359,7 @@ class _Work:
             self.report(Progress(done + 1, total, None, point))
 
     def _heed_refusals(self, runner: Runner, known_before: bool) -> None:
-        """Whether there is a bucket to empty before each window, from now on."""
+        """Whether there is a bucket to empty before each window from now on, and at which rate it fills."""
         points = self.result.points
         limit = limit_found(points)
         runner.lets_in = 0.0 if limit is None else limit.lets_in
