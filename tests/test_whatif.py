@@ -4,6 +4,7 @@ import asyncio
 import heapq
 import random
 import re
+import statistics
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from llmq.tune.page import write_html
 from llmq.tune.recommend import OperatingPoint
 from llmq.tune.sweep import Sweep
 from llmq.tune.trace import Trace
-from llmq.tune.whatif import Agreement, FittedProvider, _LateLoop, run_what_if, what_if, with_limits
+from llmq.tune.whatif import Agreement, ClientLoop, FittedProvider, run_what_if, what_if, with_limits
 from llmq.virtual import VirtualLoop
 from tests.windows import point as window_point
 
@@ -485,7 +486,12 @@ def in_late_time(model, asks, level=1, seed=0):
 
         return [outcome for _ in range(asks) for outcome in await asyncio.gather(*(ask() for _ in range(level)))]
 
-    return in_virtual_time(main)
+    return on_client_loop(main)
+
+
+def on_client_loop(main, late_seconds=0.0, seed=1):
+    with asyncio.Runner(loop_factory=lambda: ClientLoop(late_seconds, seed)) as runner:
+        return runner.run(main())
 
 
 def test_failures_come_as_they_were_recorded():
@@ -521,7 +527,7 @@ def test_a_request_is_decided_when_it_has_arrived():
             await asyncio.gather(first, provider.answer(next(questions)), provider.answer(next(questions)))
         return asyncio.get_running_loop().time() - start
 
-    assert in_virtual_time(main) == pytest.approx(1.0 + 0.2)
+    assert on_client_loop(main) == pytest.approx(1.0 + 0.2)
 
 
 def spread_starts(late, level=10, rounds=40, busy=0):
@@ -546,6 +552,80 @@ def test_how_late_the_client_is_shows_in_starts_that_are_spread_after_a_hold():
     assert fit(Trace.from_records(attempts, level)).late_seconds == 0  # too few
     attempts, level = spread_starts([0.001, 0.005], busy=10)
     assert fit(Trace.from_records(attempts, level)).late_seconds == 0  # no slot was free
+
+
+def interrupted_spreads(ahead, withheld, level=10):
+    """After each hold of 0.1 s a start, which is refused. The next is due so many seconds before that is told, and made
+    if they are more than `withheld`."""
+    found, at = [], 0.0
+    for seconds in ahead:
+        first, due = at + 0.12, at + 0.13
+        found += [refused(at, retry_after_seconds=0.1), refused(first, retry_after_seconds=0.1)]  # told after 0.01 s
+        found[-1].ended_at = due + seconds
+        found += [admitted(start, start + 0.5) for start in ([due] if seconds > withheld else []) + [at + 1.0]]
+        for attempt in found[-3:]:
+            attempt.submitted_at = at
+        at += 5.0
+    return sorted(found, key=lambda a: a.ended_at), level
+
+
+def test_how_busy_the_client_is_shows_in_starts_that_were_due_just_before_a_refusal_was_told():
+    ahead = [0.0002 * n for n in range(1, 50)]
+    assert fit(Trace.from_records(*interrupted_spreads(ahead, 0.0031))).busy_seconds == pytest.approx(0.003)
+    assert fit(Trace.from_records(*interrupted_spreads(ahead, 0.0))).busy_seconds == 0
+    assert fit(Trace.from_records(*interrupted_spreads(ahead[:10], 0.003))).busy_seconds == 0  # too few
+
+
+def test_a_busy_client_is_found_again():
+    """It works for 4 ms on each refusal, and wakes for nothing else meanwhile."""
+    spec = {"latency_seconds": 0.3, "requests_per_minute": 3000, "bucket_seconds": 0.5, "refusal_seconds": 0.01}
+
+    async def main():
+        ask = asking(make(spec))
+
+        async def busy():
+            try:
+                return await ask()
+            except ProviderError:
+                asyncio.get_running_loop().jump(0.004)
+                raise
+
+        return await closed_loop(busy, 20, 1000)
+
+    trace = Trace.from_records(on_client_loop(main), 20)
+    found = asked(trace, [20])
+    assert found.model.busy_seconds == pytest.approx(0.004, abs=0.001)
+    assert abs(found.agreement.share_429_error) < 0.02
+
+
+def test_while_the_client_is_at_work_on_a_refusal_it_does_nothing_else():
+    """The refusal comes after 0.2 s; for the last 0.05 of them the client is at work on it."""
+    model = replace(
+        fitted([admitted(0.0, 1.0)]),
+        refusal_seconds=(0.2,),
+        busy_seconds=0.05,
+        concurrency=ConcurrencyLimit(1, "met", "", ""),
+    )
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        provider = FittedProvider(model, seed=0)
+        questions = provider.questions()
+        first = asyncio.create_task(provider.answer(next(questions)))
+        await asyncio.sleep(0.2)
+        start = loop.time()
+        woken = {}
+        for seconds in (0.14, 0.16, 0.21):
+            loop.call_later(seconds, lambda seconds=seconds: woken.setdefault(seconds, loop.time() - start))
+        with pytest.raises(ProviderError):
+            await provider.answer(next(questions))
+        refused_after = loop.time() - start
+        await first
+        return woken, refused_after
+
+    woken, refused_after = on_client_loop(main)
+    assert refused_after == pytest.approx(0.2)
+    assert woken == pytest.approx({0.14: 0.14, 0.16: 0.2, 0.21: 0.21})
 
 
 @pytest.mark.parametrize(("level", "calls", "rate"), [(3, 150, 300), (8, 400, 600), (16, 500, 300)])
@@ -582,24 +662,45 @@ def test_how_late_a_client_was_is_found_again():
     async def main():
         return await closed_loop(asking(make(spec)), 20, 1000)
 
-    with asyncio.Runner(loop_factory=lambda: _LateLoop(0.003, seed=1)) as runner:
-        trace = Trace.from_records(runner.run(main()), 20)
+    trace = Trace.from_records(on_client_loop(main, late_seconds=0.003), 20)
     found = asked(trace, [20])
     print(fit(trace).late_seconds, found.model.late_seconds, found.agreement)
     assert found.model.late_seconds == pytest.approx(0.003, abs=0.0007)
     assert abs(found.agreement.share_429_error) < 0.02
 
 
-def test_timers_are_late_by_the_mean_that_was_recorded():
-    loop = _LateLoop(0.003, seed=1)
-
+def test_timers_are_late_by_the_mean_that_was_recorded_but_not_those_of_the_provider():
     async def main():
+        loop = asyncio.get_running_loop()
+        late = []
         for _ in range(2000):
+            before = loop.time()
             await asyncio.sleep(0.1)
-        return asyncio.get_running_loop().time()
+            late.append(loop.time() - before - 0.1)
+        before = loop.time()
+        for _ in range(2000):
+            await loop.on_time(0.1)
+        return late, loop.time() - before
 
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        assert runner.run(main()) == pytest.approx(2000 * 0.103, rel=0.003)
+    late, on_time = on_client_loop(main, late_seconds=0.003)
+    assert statistics.fmean(late) == pytest.approx(0.003, rel=0.05)
+    assert 0.0 <= min(late) < max(late) <= 0.006
+    assert on_time == pytest.approx(200.0)
+
+
+def test_who_is_cancelled_does_not_wait_for_the_provider():
+    async def main():
+        loop = asyncio.get_running_loop()
+        asleep = asyncio.create_task(loop.on_time(0.1))
+        loop.call_later(0.1, asleep.cancel)  # at the very moment when it is over
+        with suppress(asyncio.CancelledError):
+            await asleep
+        await asyncio.sleep(0.1)
+        return loop.time()
+
+    with mock.patch("asyncio.BaseEventLoop.call_exception_handler") as told:
+        assert on_client_loop(main) == pytest.approx(0.2)
+    told.assert_not_called()
 
 
 def test_what_cannot_be_simulated_is_refused():

@@ -22,7 +22,7 @@ from llmq.tune.whatif import what_if
 
 pytestmark = [pytest.mark.anyio, pytest.mark.acceptance]
 CALLS = 500
-ATTEMPTS = 600
+ATTEMPTS = 2000
 WARM_UP_SECONDS = 1.2
 RETRY = Retry()
 
@@ -81,7 +81,7 @@ async def measured(ask, levels, seconds):
 
 
 async def steady(ask, level, seconds):
-    """What a queue that is never empty does once it is warm: for so long, and where it is refused for 600 attempts.
+    """What a queue that is never empty does once it is warm: for so long, and where it is refused for 2,000 attempts.
 
     What still runs at the end is waited for, so that a server that queues is idle when the next level begins.
     """

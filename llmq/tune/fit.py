@@ -17,8 +17,11 @@ Nothing is taken for known that the recording does not show. Pure functions.
 - *The client is late*, too: a timer wakes it when its processor has time. llmq's queue spreads starts after a hold of
   H seconds by gaps of min(1 s, H) / level, each counted from when the last start really was. H is of the newest
   refusal: the time until the refused call came back, jitter included, and 50 ms; its Retry-After, if it did not. So
-  what such a gap is longer than that, with a slot free and a call waiting, is how late the client woke. It matters
-  where refusals are counted: the later starts are, the fewer are sent between a refusal and its arrival.
+  what such a gap is longer than that, with a slot free and a call waiting, is how late the client woke.
+- *The client is busy*: it takes a moment to make an answer of what has arrived, and starts nothing meanwhile. So of the
+  starts that were due before a refusal was told, those due early were made and those due in the last moment were not.
+  That moment is where the two are told apart best. Both matter where refusals are counted, as they say how many calls
+  are sent between one that is refused and the news of it.
 - A fixed window is modelled as a bucket that holds a window's worth: equal in the long run, not within one window.
 """
 
@@ -59,7 +62,7 @@ COME_BACK_SECONDS = 0.05
 """Both as of `llmq.queue`."""
 EARLY_SHARE = 0.2
 LATEST_SECONDS = 0.03
-FEWEST_LATE = 30
+FEWEST_DUE = 30
 _HELD_BACK = ("cancelled", "queue_full", "dropped")
 
 
@@ -130,7 +133,8 @@ class ProviderModel:
 
     `samples`: admitted attempts by stage, in order. `refusal_seconds`: how long refused ones took. `highest_rate`:
     admitted calls a second; `highest_in_flight`: admitted calls at once; above these nothing is known of limits that
-    were not met. `notes`: what was seen and could not be made use of.
+    were not met. `late_seconds`, `busy_seconds`: of the client, how late its timers were and how long it is at work on
+    a refusal. `notes`: what was seen and could not be made use of.
     """
 
     samples: Mapping[str | None, tuple[Sample, ...]]
@@ -142,6 +146,7 @@ class ProviderModel:
     highest_rate: float
     highest_in_flight: int
     late_seconds: float = 0.0
+    busy_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -157,6 +162,8 @@ def fit(trace: Trace) -> ProviderModel:
     concurrency = fit_concurrency(calls, notes)
     rates = fit_rates(calls, concurrency, notes)
     slots = fit_server_slots(calls, notes)
+    dues = _dues(calls, trace.level)
+    late_seconds = fit_late_seconds(dues)
     own_seconds = calls.seconds() if slots is None else _own_seconds(calls.spans(), slots.slots)
     return ProviderModel(
         _samples(calls.admitted, own_seconds),
@@ -167,7 +174,8 @@ def fit(trace: Trace) -> ProviderModel:
         slots,
         _rate_seen(calls),
         max(calls.in_flight_at(calls.admitted), default=-1) + 1,
-        fit_late_seconds(calls, trace.level),
+        late_seconds,
+        fit_busy_seconds(dues, late_seconds),
         tuple(notes),
     )
 
@@ -430,24 +438,65 @@ def _ramp_is_faster(calls: _Calls, slots: int) -> bool:
     return bool(slower > max(CLEARLY_FASTER * error, (1.0 - CLEARLY_LESS) * statistics.fmean(late)))
 
 
-def fit_late_seconds(calls: _Calls, level: int) -> float:
-    """How late the client's timers were on average; 0 where too few starts were spread after a hold to tell."""
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A start in a spread after a hold: when it was due, when the next one was, and when the next refusal was told."""
+
+    due_at: float
+    started_at: float
+    refused_at: float
+    gap: float
+
+    @property
+    def made(self) -> bool:
+        """Whether it was this one, and not one after the next hold."""
+        return self.started_at < self.refused_at
+
+
+def _dues(calls: _Calls, level: int) -> list[_Due]:
+    """The starts that were due one gap after another, with a slot free and a call waiting."""
     starts, ends = [_start(a) for a in calls.all], sorted(a.ended_at for a in calls.all)
+    oldest_waiting = list(itertools.accumulate((a.submitted_at for a in reversed(calls.all)), min))[::-1]
     holds = _holds(calls)
-    told = [refused_at for refused_at, _ in holds]
-    late = []
-    for (before, start), waiting in zip(itertools.pairwise(starts), calls.all[1:], strict=True):
+    told = [*(refused_at for refused_at, _ in holds), math.inf]
+    found = []
+    for (before, start), waiting_since in zip(itertools.pairwise(starts), oldest_waiting[1:], strict=True):
         newest = bisect_right(told, before)
-        if newest == 0 or newest != bisect_right(told, start):
+        if newest == 0:
             continue
         refused_at, hold = holds[newest - 1]
         spread = min(LONGEST_SPREAD_SECONDS, hold)
-        seconds = start - before - spread / level
         free = bisect_right(starts, before) - bisect_right(ends, before) < level
-        spreading = before < refused_at + hold + spread and waiting.submitted_at <= before
-        if spreading and free and -EARLY_SHARE * spread / level <= seconds <= LATEST_SECONDS:
-            late.append(seconds)
-    return max(0.0, statistics.fmean(late)) if len(late) >= FEWEST_LATE else 0.0
+        if free and waiting_since <= before < refused_at + hold + spread:
+            found.append(_Due(before + spread / level, start, told[newest], spread / level))
+    return found
+
+
+def fit_late_seconds(dues: Sequence[_Due]) -> float:
+    """How late the client's timers were on average; 0 where too few starts were spread after a hold to tell."""
+    late = [
+        due.started_at - due.due_at
+        for due in dues
+        if due.made and -EARLY_SHARE * due.gap <= due.started_at - due.due_at <= LATEST_SECONDS
+    ]
+    return max(0.0, statistics.fmean(late)) if len(late) >= FEWEST_DUE else 0.0
+
+
+def fit_busy_seconds(dues: Sequence[_Due], late_seconds: float) -> float:
+    """How long before a refusal is told the client starts nothing more; 0 where too few starts were due then to tell.
+
+    Where several times tell them apart equally well, the shortest.
+    """
+    ahead = [(due.refused_at - due.due_at - late_seconds, due.made) for due in dues]
+    near = sorted(each for each in ahead if 0.0 < each[0] <= LATEST_SECONDS)
+    if len(near) < FEWEST_DUE:
+        return 0.0
+    best, least, wrong = 0.0, 0, 0
+    for seconds, made in near:
+        wrong += 1 if made else -1
+        if wrong < least:
+            best, least = seconds, wrong
+    return best
 
 
 def _holds(calls: _Calls) -> list[tuple[float, float]]:

@@ -13,10 +13,11 @@ Rules
 - Service times are drawn from the recorded ones in shuffled rounds, so that each round has their very mean.
 - A provider decides when a request has arrived. So an attempt is on its way for half of what a refusal took, then it
   is let in or refused, and the answer is on its way for as long.
-- The client is as late as it was (see `fit`): each timer of the virtual loop by an exponential time of that mean. What
-  was recorded has that in it, so the provider's own times are shorter by as much. Not every hold is as long as `fit`
-  takes it for, so what it reads of a simulation is used to correct it (indirect inference, Gourieroux et al. 1993).
-  Where the simulation agrees better without any lateness, there is none.
+- The client is as it was (see `fit`). Its timers are late, by anything up to twice the mean: an asyncio loop wakes at
+  whole milliseconds. It starts nothing while it is at work on a refusal. What the provider takes is as recorded, where
+  all of that is in it, so the provider's own timers are never late. Not every hold is as long as `fit` takes it for, so
+  what it reads of a simulation is used to correct it (indirect inference, Gourieroux et al. 1993). Where the simulation
+  agrees better with a client that is never late nor busy, it is not.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import math
 import random
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextvars import Context
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, TypeVarTuple, Unpack
 
 from llmq.errors import ConfigError, ProviderError
 from llmq.logs import logger
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 FEWEST_CALLS = 100
 IN_FLIGHT_AS_SEEN = 1.05
 FEWEST_RECORDED = 30
@@ -245,14 +248,13 @@ def _what_if(
     again = swept(recorded, [at_level], refine=False)
     steady = _steady_point(trace)
     agreement = Agreement(steady, again.judged()[0])
-    if recorded.late_seconds > 0:
-        late = _corrected(recorded.late_seconds, again, at_level)
+    if recorded.late_seconds > 0 or recorded.busy_seconds > 0:
         tried = []
-        for late_seconds in (late, 0.0):
-            again = swept(replace(recorded, late_seconds=late_seconds), [at_level], refine=False)
-            tried.append((Agreement(steady, again.judged()[0]), late_seconds))
-        agreement, late = min(tried, key=lambda each: each[0].worst)
-        model = replace(model, late_seconds=late)
+        for late, busy in ((_corrected(recorded.late_seconds, again, at_level), recorded.busy_seconds), (0.0, 0.0)):
+            again = swept(replace(recorded, late_seconds=late, busy_seconds=busy), [at_level], refine=False)
+            tried.append((Agreement(steady, again.judged()[0]), late, busy))
+        agreement, late, busy = min(tried, key=lambda each: each[0].worst)
+        model = replace(model, late_seconds=late, busy_seconds=busy)
     found = swept(model, known, refine=refine) if known else replace(again, points=[], records={})
     return WhatIf(
         **{each.name: getattr(found, each.name) for each in fields(Sweep)},
@@ -278,7 +280,7 @@ def _swept(model: ProviderModel, levels: Sequence[int], *, seed: int, **options:
             provider.answer, questions, levels, virtual=True, seed=seed, on_progress=lambda _: None, **options
         )
 
-    with _without_log(), asyncio.Runner(loop_factory=lambda: _LateLoop(model.late_seconds, seed)) as runner:
+    with _without_log(), asyncio.Runner(loop_factory=lambda: ClientLoop(model.late_seconds, seed)) as runner:
         return runner.run(run())
 
 
@@ -297,16 +299,33 @@ def _without_log() -> Iterator[None]:
         logger.removeFilter(elsewhere)
 
 
-class _LateLoop(VirtualLoop):
-    """Each of its timers is late, by an exponential time of a given mean."""
+class ClientLoop(VirtualLoop):
+    """The virtual loop of a client whose timers are late, by up to twice the mean; `on_time` is for who is not it."""
 
-    def __init__(self, mean_seconds: float, seed: int) -> None:
-        self._mean_seconds = mean_seconds
+    def __init__(self, late_seconds: float, seed: int) -> None:
+        self._longest_seconds = 2.0 * late_seconds
         self._rng = random.Random(seed)
         super().__init__()
 
-    def jump(self, seconds: float) -> None:
-        super().jump(seconds + self._mean_seconds * self._rng.expovariate(1.0))
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """As of any loop, and late."""
+        return super().call_at(when + self._longest_seconds * self._rng.random(), callback, *args, context=context)
+
+    async def on_time(self, seconds: float) -> None:
+        """Sleep as `asyncio.sleep`, and wake when it is over."""
+        over = self.create_future()
+        timer = super().call_at(self.time() + seconds, _wake, over)
+        try:
+            await over
+        finally:
+            timer.cancel()
+
+
+def _wake(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def with_limits(
@@ -363,7 +382,7 @@ class Question:
 
 
 class FittedProvider:
-    """A provider in this process that behaves as the model says, from empty buckets. On the clock of the running loop.
+    """A provider in this process that behaves as the model says, from empty buckets. On a `ClientLoop`.
 
     `sweep(provider.answer, provider.questions(), ...)`
     """
@@ -372,8 +391,7 @@ class FittedProvider:
         self._model = model
         self._rng = random.Random(seed)
         self._samples = {stage: _rounds(samples, self._rng) for stage, samples in model.samples.items()}
-        late = model.late_seconds
-        self._transits = _rounds([max(0.0, s / 2 - late) for s in model.refusal_seconds or (0.0,)], self._rng)
+        self._transits = _rounds([seconds / 2 for seconds in model.refusal_seconds or (0.0,)], self._rng)
         slots = model.server_slots
         self._slot: AbstractAsyncContextManager[None] = (
             nullcontext() if slots is None else asyncio.Semaphore(slots.slots)
@@ -388,18 +406,22 @@ class FittedProvider:
 
     async def answer(self, question: Question) -> None:
         """Let in or refuse. Raises `ProviderError`."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ClientLoop)
         transit = next(self._transits)
-        await asyncio.sleep(transit)
+        await loop.on_time(transit)
         sample = question.drawn = question.drawn or next(self._samples[question.stage])
         refusal = self._refusal(sample.tokens, clock())
         if refusal is not None:
-            await asyncio.sleep(transit)
+            busy = min(transit, self._model.busy_seconds)
+            await loop.on_time(transit - busy)
+            loop.jump(busy)
             raise refusal
         question.drawn = None
         self._in_flight += 1
         try:
             async with self._slot:
-                await asyncio.sleep(max(0.0, sample.seconds - transit - 2.0 * self._model.late_seconds))
+                await loop.on_time(max(0.0, sample.seconds - transit))
         finally:
             self._in_flight -= 1
         if sample.failed:
