@@ -163,7 +163,7 @@ class LLMQueue:
         classify: Classify = classify,
         telemetry: Telemetry | None = _default_telemetry,
         ledger: Ledger | None = None,
-        max_records: int = MAX_RECORDS,
+        max_records: int | None = MAX_RECORDS,
     ) -> None:
         self.queue_timeout = _positive("queue_timeout", queue_timeout)
         self.request_timeout = _positive("request_timeout", request_timeout)
@@ -498,7 +498,7 @@ class LLMQueue:
         self._bury_orphans()
 
     def records(self) -> Records:
-        """The newest operations and attempts, at most `max_records` of each, oldest first."""
+        """The newest operations and attempts, oldest first: at most `max_records` of each, all where that is None."""
         self._bury_orphans()
         return self._records.snapshot()
 

@@ -121,20 +121,23 @@ QuickCall = tuple[int, float, float, float]
 
 
 class RecordBuffer:
-    """The newest records, in order of their end: at most `size` operations and as many attempts.
+    """The newest records, in order of their end: at most `size` operations and as many attempts; None: all.
 
     Appending to `ended` is safe from any thread.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int | None) -> None:
         self.size = size
-        self.ended: deque[OperationRecord | AttemptRecord | QuickCall] = deque(maxlen=2 * size)
+        self.ended: deque[OperationRecord | AttemptRecord | QuickCall] = deque(
+            maxlen=None if size is None else 2 * size
+        )
 
     def snapshot(self) -> Records:
         """Everything that is kept, copied."""
         found = _as_records(_copied(self.ended))
-        del found.operations[: max(0, len(found.operations) - self.size)]
-        del found.attempts[: max(0, len(found.attempts) - self.size)]
+        if self.size is not None:
+            del found.operations[: max(0, len(found.operations) - self.size)]
+            del found.attempts[: max(0, len(found.attempts) - self.size)]
         return found
 
     def since(self, mark: object, most: int) -> tuple[Records, object]:

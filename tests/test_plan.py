@@ -289,6 +289,9 @@ def test_where_nothing_was_refused_the_answer_is_held_for_a_minute():
     found = step(points, (2, 4))
     assert (found.setting, found.purpose, found.seconds) == (Setting(4), "more", 60.0)
     assert step([*points, point(4, 4.0, seconds=20.0, purpose="more")], (2, 4)).purpose == "drift", "once is enough"
+    for calls, seconds in ((100, 25.0), (39, 0.0)):
+        found = next_step(points, [2, 4], BOUNDS, Extra(10, clean_seconds=300.0, clean_calls=calls))
+        assert found.seconds == seconds, "it was held for 40 calls"
 
 
 def test_the_next_level_above_the_answer_is_measured_again_where_it_should_have_brought_more():

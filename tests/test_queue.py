@@ -419,6 +419,15 @@ async def test_records_are_bounded_and_make_a_frame():
     assert len(make_queue().records().operations.to_pandas()) == 0
 
 
+async def test_all_records_are_kept_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setitem(LLMQueue.__init__.__kwdefaults__, "max_records", 2)
+    queue = make_queue(1, max_records=None)
+    for _ in range(5):
+        await queue.submit(functools.partial(Calls(), 0.25))
+    found = queue.records()
+    assert len(found.operations) == len(found.attempts) == 5
+
+
 async def test_a_slot_lasts_as_long_as_its_block():
     queue = make_queue(1)
     async with queue.slot(LLMTaskMeta("stream")) as slot:

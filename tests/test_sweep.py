@@ -107,6 +107,14 @@ async def test_goodput_service_time_and_in_flight_are_what_littles_law_says():
     assert point.loop_lag_p99 is None
 
 
+async def test_a_window_is_measured_of_all_its_calls_however_many(monkeypatch):
+    """A queue keeps its newest records only, unless it is told to keep all: the rest would be taken for a pause."""
+    monkeypatch.setitem(llmq.LLMQueue.__init__.__kwdefaults__, "max_records", 50)
+    found = await sweep_of({"latency_seconds": 1, "sigma": 0.1}, [8], calls=400, refine=False)
+    assert of_level(found, 8).attempts >= 400
+    assert of_level(found, 8).goodput == pytest.approx(8, rel=0.03)
+
+
 async def test_too_little_to_do_is_the_pipeline_not_the_provider():
     found = await llmq.sweep(
         caller(SimulatedProvider(ProviderSpec(latency_seconds=10, sigma=0))),

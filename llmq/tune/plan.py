@@ -296,8 +296,9 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
             if step is not None and missing <= extra.seconds * point.attempt_rate:
                 return step
     held = max(p.window_seconds for p in points if p.setting == chosen.setting)
-    if not any(p.refused for p in points) and held < extra.clean_seconds:
-        step = _more(points, chosen.setting, seconds=min(extra.clean_seconds, extra.seconds / 2), most=1)
+    clean_seconds = min(extra.clean_seconds, extra.clean_calls / chosen.attempt_rate)
+    if not any(p.refused for p in points) and held < clean_seconds:
+        step = _more(points, chosen.setting, seconds=min(clean_seconds, extra.seconds / 2), most=1)
         if step is not None:
             return step
     step = _again(points, chosen, extra)  # it was chosen for a lucky window, more often than not

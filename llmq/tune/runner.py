@@ -271,6 +271,7 @@ class Runner:
             classify=run.judge,
             telemetry=None,
             ledger=run,
+            max_records=None,  # a window is measured of all its calls
         )
         with using(None if setting is None else run.queue):
             if self._load.arrivals is not None and self._proven and setting is not None:
