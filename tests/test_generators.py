@@ -1,14 +1,16 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import pytest
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from llmq import Outcome, RuntimeEnv, Settings
 from llmq.errors import AnswerError, ConfigError, InputError
 from llmq.generators.conversation import AnswerCache, ConversationSession, SessionContext, Transcript
 from llmq.generators.jsonl import drop_torn_line, read_lines, read_models
-from llmq.generators.plateaus import CALLS_PER_SERVICE, PLATEAUS, plateau_pipeline
+from llmq.generators.plateaus import CALLS_PER_SERVICE, PLATEAUS, ServiceItem, _ObjectOf, _Values, plateau_pipeline
 from llmq.generators.run import run_services
 from llmq.generators.services import Service, read_catalogues, read_services, repeated, sample_services
 from llmq.providers.chat import ChatAnswer
@@ -293,12 +295,64 @@ async def test_a_session_validates_what_it_gets():
         await ConversationSession(client, "chat", SessionContext("s")).ask_async("hello", Service)
 
 
+async def test_the_schema_of_a_model_is_made_once():
+    class Made(Service):
+        made: ClassVar[int] = 0
+
+        @classmethod
+        def model_json_schema(cls):
+            cls.made += 1
+            return {}
+
+    session = ConversationSession(Scripted('{"service_id": "S1", "name": "n"}'), "chat")
+    for _ in range(3):
+        await session.ask_async("hello", Made)
+    assert Made.made == 1
+
+
+KEYS = ["S1-P1-F1", "two words"]
+IDS = Annotated[list[Literal["a", "b"]], Field(min_length=1, max_length=2)]
+MODEL = create_model(
+    "MappingAnswer",
+    __config__=ConfigDict(extra="forbid"),
+    **{f"field_{n}": (IDS, Field(alias=key)) for n, key in enumerate(KEYS)},
+)
+OBJECT = _ObjectOf("MappingAnswer", KEYS, _Values(IDS))
+
+
+def test_an_object_with_given_keys_is_asked_for_as_a_model_is():
+    asked = MODEL.model_json_schema()
+    for property_ in asked["properties"].values():
+        del property_["title"]  # says what the key says
+    assert OBJECT.model_json_schema() == asked
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"S1-P1-F1": ["a"], "two words": ["b", "a"]},
+        {"S1-P1-F1": ["a"]},
+        {"S1-P1-F1": ["a"], "two words": ["c"]},
+        {"S1-P1-F1": ["a"], "two words": []},
+        {"S1-P1-F1": ["a"], "two words": ["a"], "third": ["a"]},
+        ["a"],
+    ],
+)
+def test_an_object_with_given_keys_is_parsed_as_a_model_is(answer):
+    def parsed(model):
+        try:
+            found = model.model_validate_json(json.dumps(answer))
+        except ValidationError as error:
+            return [(each["loc"], each["msg"]) for each in error.errors()]
+        return found if isinstance(found, dict) else found.model_dump(by_alias=True)
+
+    assert parsed(OBJECT) == parsed(MODEL)
+
+
 async def test_with_no_mapping_id_invented():
     client = Scripted('{"features": [{"name": "n", "description": "d"}]}')
     with using(None):
         pipeline = plateau_pipeline(client, read_catalogues())
-    from llmq.generators.plateaus import ServiceItem
-
     async with pipeline.run([ServiceItem(sample_services()[0], SessionContext("s"))]) as outcomes:
         (outcome,) = [o async for o in outcomes]
     assert isinstance(outcome.error, AnswerError)

@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, cast, overload
 from urllib.parse import quote
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from llmq.core import LLMTaskMeta
 from llmq.errors import AnswerError
@@ -23,12 +23,23 @@ from llmq.retry import Retry
 from llmq.runtime import active_queue
 from llmq.unqueued import unqueued
 
-M = TypeVar("M", bound=BaseModel)
+A = TypeVar("A")
+A_co = TypeVar("A_co", covariant=True)
 
 ANSWER_TOKENS = 300
 """Of an answer, as a first estimate; a rate of tokens is settled by what was really used."""
 
 CacheMode = Literal["off", "read", "refresh", "write"]
+
+
+class AnswerModel(Protocol[A_co]):
+    """What an answer must be: a pydantic model, or what is asked and parsed as one."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """The JSON schema that is sent."""
+
+    def model_validate_json(self, json_data: str, /) -> A_co:
+        """The answer. Raises pydantic's `ValidationError`."""
 
 
 class AnswerCache:
@@ -117,12 +128,12 @@ class ConversationSession:
         self._context = context or SessionContext()
 
     @overload
-    async def ask_async(self, prompt: str, answer: type[M]) -> M: ...
+    async def ask_async(self, prompt: str, answer: AnswerModel[A]) -> A: ...
 
     @overload
     async def ask_async(self, prompt: str, answer: None = None) -> str: ...
 
-    async def ask_async(self, prompt: str, answer: type[M] | None = None) -> M | str:
+    async def ask_async(self, prompt: str, answer: AnswerModel[A] | None = None) -> A | str:
         """Ask, through the queue if it is on. Returns the answer as an `answer`, or its text where that is None.
 
         A cached answer takes no slot. A malformed one raises `AnswerError` and is not asked for again.
@@ -131,7 +142,7 @@ class ConversationSession:
         request = ChatRequest(
             context.models.get(self._stage.partition("_")[0], context.model),
             [{"role": "user", "content": prompt}],
-            None if answer is None else _schema(answer),
+            None if answer is None else _schema(cast(Any, answer)),
             self._stage,
             context.service_id,
         )
@@ -147,7 +158,7 @@ class ConversationSession:
             context.transcript.add(self._stage, request, content, found is not None)
         return parsed
 
-    def _cached(self, request: ChatRequest, answer: type[M] | None) -> tuple[str, M | str] | None:
+    def _cached(self, request: ChatRequest, answer: AnswerModel[A] | None) -> tuple[str, A | str] | None:
         """The kept answer, as text and as an `answer`; None where there is none that is still of use."""
         content = None if self._context.cache is None else self._context.cache.get(request)
         if content is None:
@@ -179,12 +190,13 @@ class ConversationSession:
 
 
 @functools.lru_cache(maxsize=64)
-def _schema(answer: type[BaseModel]) -> dict[str, Any]:
-    """Of the models in use; pydantic takes half a millisecond to make one anew."""
-    return answer.model_json_schema()
+def _schema(answer: Any) -> dict[str, Any]:
+    """Of an `AnswerModel`. Kept for those in use: pydantic takes half a millisecond to make one."""
+    found: dict[str, Any] = answer.model_json_schema()
+    return found
 
 
-def _parse(answer: type[M], content: str, stage: str) -> M:
+def _parse(answer: AnswerModel[A], content: str, stage: str) -> A:
     try:
         return answer.model_validate_json(content)
     except ValidationError as error:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic_core import SchemaValidator, core_schema
 
 from llmq.generators.conversation import ConversationSession, SessionContext
 from llmq.generators.services import CatalogueItem, Catalogues, Service
@@ -27,6 +28,7 @@ PLATEAUS: dict[str, str] = {
 CALLS_PER_SERVICE = 1 + len(PLATEAUS) * 4
 
 Text = Annotated[str, Field(min_length=1)]
+V = TypeVar("V")
 
 
 class _Answer(BaseModel):
@@ -108,7 +110,7 @@ def brief(service: Service) -> str:
 class _Descriptions:
     def __init__(self, client: ChatClient) -> None:
         self._client = client
-        self._answer = _object_of("DescriptionsAnswer", list(PLATEAUS), Text)
+        self._answer = _ObjectOf("DescriptionsAnswer", list(PLATEAUS), _Values[str](Text))
 
     async def __call__(self, item: ServiceItem) -> dict[str, str]:
         plateaus = "\n".join(f"- {name}: {meaning}" for name, meaning in PLATEAUS.items())
@@ -117,7 +119,7 @@ class _Descriptions:
             f"{plateaus}"
         )
         session = ConversationSession(self._client, "descriptions", item.context)
-        return _by_alias(await session.ask_async(prompt, self._answer))
+        return await session.ask_async(prompt, self._answer)
 
 
 class _Features:
@@ -146,7 +148,7 @@ class _Mapping:
         self._name = name
         self._catalogue = catalogue
         entry: Any = Literal[tuple(item.id for item in catalogue)]
-        self._ids = Annotated[list[entry], Field(min_length=1, max_length=5)]
+        self._ids = _Values[list[str]](Annotated[list[entry], Field(min_length=1, max_length=5)])
 
     async def __call__(self, item: ServiceItem, features: list[Feature]) -> dict[str, list[str]]:
         catalogue = "\n".join(f"- {entry.id}: {entry.name}. {entry.description}" for entry in self._catalogue)
@@ -155,17 +157,43 @@ class _Mapping:
             f"Catalogue of {self._name}:\n{catalogue}\n\nFeatures:\n{wanted}\n\n"
             "For each feature, give the ids of the catalogue entries that it rests on."
         )
-        answer = _object_of("MappingAnswer", [feature.feature_id for feature in features], self._ids)
-        session = ConversationSession(self._client, self._label, item.context)
-        found = _by_alias(await session.ask_async(prompt, answer))
+        answer = _ObjectOf("MappingAnswer", [feature.feature_id for feature in features], self._ids)
+        found = await ConversationSession(self._client, self._label, item.context).ask_async(prompt, answer)
         return {feature_id: list(dict.fromkeys(ids)) for feature_id, ids in found.items()}
 
 
-def _object_of(name: str, keys: Sequence[str], value: Any) -> type[_Answer]:
-    """A model with exactly these keys, whatever characters they have, all required and of one type."""
-    fields: dict[str, Any] = {f"field_{n}": (value, Field(alias=key)) for n, key in enumerate(keys)}
-    return create_model(name, __base__=_Answer, **fields)
+class _Values(Generic[V]):
+    """A type of values, as pydantic validates it and as a JSON schema says it."""
+
+    def __init__(self, annotation: Any) -> None:
+        adapter: TypeAdapter[V] = TypeAdapter(annotation)
+        self.core_schema = adapter.core_schema
+        self.json_schema = adapter.json_schema()
 
 
-def _by_alias(answer: BaseModel) -> dict[str, Any]:
-    return answer.model_dump(by_alias=True)
+class _ObjectOf(Generic[V]):
+    """An answer with exactly these keys, whatever characters they have, all required and of one type.
+
+    Not a pydantic model: each mapping has keys of its own, and a model takes a millisecond to make and much garbage.
+    """
+
+    def __init__(self, title: str, keys: Sequence[str], values: _Values[V]) -> None:
+        self._title = title
+        self._keys = list(keys)
+        self._values = values
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """As of a pydantic model."""
+        return {
+            "title": self._title,
+            "type": "object",
+            "properties": dict.fromkeys(self._keys, self._values.json_schema),
+            "required": self._keys,
+            "additionalProperties": False,
+        }
+
+    def model_validate_json(self, json_data: str, /) -> dict[str, V]:
+        """As of a pydantic model."""
+        fields = {key: core_schema.typed_dict_field(self._values.core_schema) for key in self._keys}
+        validator = SchemaValidator(core_schema.typed_dict_schema(fields, extra_behavior="forbid"))
+        return cast(dict[str, V], validator.validate_json(json_data))
