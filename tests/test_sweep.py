@@ -4,6 +4,7 @@ import asyncio
 import csv
 import dataclasses
 import fnmatch
+import gc
 import itertools
 import json
 import re
@@ -542,6 +543,22 @@ def test_a_virtual_sweep_from_a_plain_loop():
     assert of_level(found, 4).cpu_share is None
     assert [p.level for p in found.points] == [2, 4, 2] or [p.level for p in found.points] == [4, 2, 4]
     assert threading.active_count() == before
+
+
+def test_during_a_virtual_sweep_garbage_is_looked_for_less_often():
+    usual, during = gc.get_threshold(), []
+    assert usual[0] < 20_000
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=1))
+
+    async def main():
+        def on_progress(_):
+            during.append(gc.get_threshold())
+
+        await asyncio.gather(*(virtual_sweep(caller(provider), calls=20, on_progress=on_progress) for _ in range(2)))
+
+    asyncio.run(main())
+    assert during[0] == (20_000, *usual[1:])
+    assert gc.get_threshold() == usual
 
 
 def test_a_virtual_sweep_ends_with_the_task_that_awaits_it():
