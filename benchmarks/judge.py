@@ -130,7 +130,8 @@ class Verdict:
     said: str
 
 
-def _client(spec: dict[str, Any], seed: int) -> tuple[SimulatedProvider, Any]:
+def client(spec: dict[str, Any], seed: int) -> tuple[SimulatedProvider, Any]:
+    """A provider, and an async function that asks it."""
     provider = SimulatedProvider(ProviderSpec(seed=seed, **spec))
 
     async def ask(request: ChatRequest) -> None:
@@ -149,7 +150,7 @@ def hold(spec: dict[str, Any], setting: Setting, calls: int, seed: int = 1000) -
     """One setting in a long run."""
 
     async def run() -> Point:
-        _, ask = _client(spec, seed)
+        _, ask = client(spec, seed)
         runner = Runner(
             ask,
             REQUESTS,
@@ -198,7 +199,7 @@ def truth(shape: Shape) -> Truth:
 
 def judge(shape: Shape, seed: int, known: Truth) -> Verdict:
     """One sweep, against the truth."""
-    provider, ask = _client(shape.spec, seed)
+    provider, ask = client(shape.spec, seed)
     began = time.perf_counter()
     found = _virtually(
         sweep(ask, REQUESTS, LEVELS, virtual=True, calls=CALLS, seed=seed, retry=RETRY, on_progress=lambda _: None)
@@ -231,7 +232,7 @@ def judge(shape: Shape, seed: int, known: Truth) -> Verdict:
 
 def refuses_when_short(shape: Shape, seed: int) -> bool:
     """Whether a sweep stopped after 150 calls says that it cannot tell."""
-    _, ask = _client(shape.spec, seed)
+    _, ask = client(shape.spec, seed)
     run = sweep(
         ask,
         REQUESTS,

@@ -23,6 +23,9 @@ _UNSTEADY = 0.05
 _CALLS_TO_BE_STEADY = 500
 _SECONDS_TO_BE_STEADY = 20.0
 _CLEARLY_REFUSED = 0.1
+_FAR_BELOW = 0.25
+_ABOUT_AS_MUCH = 0.25
+_FEW_REFUSED = 5
 
 
 def judged(points: Iterable[Point]) -> list[Point]:
@@ -248,8 +251,9 @@ def _is_unsteady(full: Iterable[Point]) -> bool:
 def _is_random(groups: Sequence[Point]) -> bool:
     """Whether the share of refusals does not grow with the level: the trend test of Cochran (1954), Armitage (1955).
 
-    Neither where only one level was refused, nor where most is, nor where more concurrency brings no more admissions:
-    that is a limit that every level is above.
+    Or grows only by as much as may be chance where no limit can be the reason, see `_refused_far_below`. Neither where
+    only one level was refused, nor where most is, nor where more concurrency brings no more admissions: that is a limit
+    that every level is above.
     """
     groups = [p for p in groups if p.attempts and not p.setting.paced]
     attempts = np.array([p.attempts for p in groups], float)
@@ -263,11 +267,26 @@ def _is_random(groups: Sequence[Point]) -> bool:
     if spread <= 0:
         return False
     trend = ((refused - attempts * share) * scores).sum() / math.sqrt(spread)
-    if trend > SURE or any(p.share_429_low > 2 * share for p in groups):
+    if any(p.share_429_low > 2 * share for p in groups) or (trend > SURE and not _refused_far_below(groups)):
         return False
     lowest = min((p for p in groups if p.refused), key=lambda p: p.level)
     highest = max(groups, key=lambda p: p.level)
     return highest.goodput > 1.5 * lowest.goodput or lowest.level < highest.level / 8
+
+
+def _refused_far_below(groups: Sequence[Point]) -> bool:
+    """Whether levels that ask for a quarter at most of what others were let in are refused about as much as those.
+
+    A limit on a rate or on calls at once refuses nothing there, so a trend, however sure it seems, is one of chance: it
+    is looked for after each window of the sweep.
+    """
+    most = max(p.goodput for p in groups)
+    low = [p for p in groups if p.attempt_rate <= _FAR_BELOW * most]
+    refused, attempts = sum(p.refused for p in low), sum(p.attempts for p in low)
+    others = sum(p.attempts for p in groups) - attempts
+    if refused < _FEW_REFUSED or not others:
+        return False
+    return refused / attempts >= _ABOUT_AS_MUCH * (sum(p.refused for p in groups) - refused) / others
 
 
 def drift(points: Iterable[Point]) -> float | None:
