@@ -159,12 +159,13 @@ def test_refusals_that_do_not_grow_with_the_level_are_random():
 def test_refusals_far_below_what_is_let_in_are_random_even_if_there_seem_to_be_more_above():
     """0.35 % at 1 to 4 at once, 0.6 % above: a trend at 95 %, as is bound to be seen in one of many sweeps."""
 
-    def found(*refused):
+    def found(*refused, by="unknown"):
         goodput = (0.5, 1.0, 2.0, 4.0, 8.0, 11.9, 11.8)
         levels = zip((1, 2, 4, 8, 16, 32, 64), goodput, refused, strict=True)
-        return limit_found([point(n, g, refused=k, attempts=2000, refused_by="unknown") for n, g, k in levels]).kind
+        return limit_found([point(n, g, refused=k, attempts=2000, refused_by=by) for n, g, k in levels]).kind
 
     assert found(8, 8, 5, 8, 14, 12, 12) == "random"
+    assert found(8, 8, 5, 8, 14, 12, 12, by="requests") == "requests", "one that others share may do that"
     assert found(0, 0, 0, 8, 14, 12, 12) == "unknown", "what a limit does"
     assert found(2, 2, 0, 2, 4, 6, 9) == "unknown", "too few to say"
     assert found(6, 6, 6, 8, 30, 50, 60) == "unknown", "far more above"

@@ -558,11 +558,12 @@ def interrupted_spreads(ahead, withheld, level=10):
     """After each hold of 0.1 s a start, which is refused. The next is due so many seconds before that is told, and made
     if they are more than `withheld`."""
     found, at = [], 0.0
+    withheld = withheld if isinstance(withheld, cycle) else cycle([withheld])
     for seconds in ahead:
         first, due = at + 0.12, at + 0.13
         found += [refused(at, retry_after_seconds=0.1), refused(first, retry_after_seconds=0.1)]  # told after 0.01 s
         found[-1].ended_at = due + seconds
-        found += [admitted(start, start + 0.5) for start in ([due] if seconds > withheld else []) + [at + 1.0]]
+        found += [admitted(start, start + 0.5) for start in ([due] if seconds > next(withheld) else []) + [at + 1.0]]
         for attempt in found[-3:]:
             attempt.submitted_at = at
         at += 5.0
@@ -574,6 +575,8 @@ def test_how_busy_the_client_is_shows_in_starts_that_were_due_just_before_a_refu
     assert fit(Trace.from_records(*interrupted_spreads(ahead, 0.0031))).busy_seconds == pytest.approx(0.003)
     assert fit(Trace.from_records(*interrupted_spreads(ahead, 0.0))).busy_seconds == 0
     assert fit(Trace.from_records(*interrupted_spreads(ahead[:10], 0.003))).busy_seconds == 0  # too few
+    made_or_not = interrupted_spreads(ahead, cycle([0.0, 1.0]))
+    assert fit(Trace.from_records(*made_or_not)).busy_seconds < 0.0005  # whenever they were due
 
 
 def test_a_busy_client_is_found_again():

@@ -23,8 +23,7 @@ _UNSTEADY = 0.05
 _CALLS_TO_BE_STEADY = 500
 _SECONDS_TO_BE_STEADY = 20.0
 _CLEARLY_REFUSED = 0.1
-_FAR_BELOW = 0.25
-_ABOUT_AS_MUCH = 0.25
+_A_QUARTER = 0.25
 _FEW_REFUSED = 5
 
 
@@ -275,18 +274,21 @@ def _is_random(groups: Sequence[Point]) -> bool:
 
 
 def _refused_far_below(groups: Sequence[Point]) -> bool:
-    """Whether levels that ask for a quarter at most of what others were let in are refused about as much as those.
+    """Whether levels that ask for a quarter at most of what others were let in are refused a quarter as much as those,
+    and no refusal says why.
 
     A limit on a rate or on calls at once refuses nothing there, so a trend, however sure it seems, is one of chance: it
-    is looked for after each window of the sweep.
+    is looked for after each window of the sweep. One that is shared with others may; where refusals name it, it is one.
     """
+    if any(p.refused_by not in (None, "unknown") for p in groups):
+        return False
     most = max(p.goodput for p in groups)
-    low = [p for p in groups if p.attempt_rate <= _FAR_BELOW * most]
+    low = [p for p in groups if p.attempt_rate <= _A_QUARTER * most]
     refused, attempts = sum(p.refused for p in low), sum(p.attempts for p in low)
     others = sum(p.attempts for p in groups) - attempts
     if refused < _FEW_REFUSED or not others:
         return False
-    return refused / attempts >= _ABOUT_AS_MUCH * (sum(p.refused for p in groups) - refused) / others
+    return refused / attempts >= _A_QUARTER * (sum(p.refused for p in groups) - refused) / others
 
 
 def drift(points: Iterable[Point]) -> float | None:

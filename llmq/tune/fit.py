@@ -63,6 +63,7 @@ COME_BACK_SECONDS = 0.05
 EARLY_SHARE = 0.2
 LATEST_SECONDS = 0.03
 FEWEST_DUE = 30
+MOST_MADE = 0.25
 _HELD_BACK = ("cancelled", "queue_full", "dropped")
 
 
@@ -483,7 +484,8 @@ def fit_late_seconds(dues: Sequence[_Due]) -> float:
 
 
 def fit_busy_seconds(dues: Sequence[_Due], late_seconds: float) -> float:
-    """How long before a refusal is told the client starts nothing more; 0 where too few starts were due then to tell.
+    """How long before a refusal is told the client starts nothing more; 0 where too few starts were due then to tell,
+    or where a quarter of those were made.
 
     Where several times tell them apart equally well, the shortest.
     """
@@ -491,11 +493,12 @@ def fit_busy_seconds(dues: Sequence[_Due], late_seconds: float) -> float:
     near = sorted(each for each in ahead if 0.0 < each[0] <= LATEST_SECONDS)
     if len(near) < FEWEST_DUE:
         return 0.0
-    best, least, wrong = 0.0, 0, 0
-    for seconds, made in near:
-        wrong += 1 if made else -1
-        if wrong < least:
-            best, least = seconds, wrong
+    best, most, withheld, made = 0.0, 0, 0, 0
+    for seconds, was_made in near:
+        made += was_made
+        withheld += not was_made
+        if withheld - made > most and made < MOST_MADE * (made + withheld):
+            best, most = seconds, withheld - made
     return best
 
 

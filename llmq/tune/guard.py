@@ -97,27 +97,30 @@ VIRTUAL_EXTRA_WINDOWS = 30
 LEAST_EXTRA_SECONDS = 30.0
 """What they may take in real time, however little was asked for."""
 
+LONGEST_CLEAN_SECONDS = 300.0
+"""How long an answer is held at most where nothing was refused."""
+
 WARM_UP_SECONDS = 2.0
 """What the warm-up takes at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`, `clean_calls`: how long the
-    answer is held where nothing was refused at all, the shorter of both; `coarseness`: how far above the smallest level
-    the answer may be, as a share."""
+    """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`: how long the answer is held
+    where nothing was refused at all, and `clean_calls`: for longer, up to so many calls, up to `LONGEST_CLEAN_SECONDS`;
+    `coarseness`: how far above the smallest level the answer may be, as a share."""
 
     windows: int
     seconds: float = math.inf
     clean_seconds: float = 60.0
-    clean_calls: float = math.inf
+    clean_calls: int = 0
     coarseness: float = 0.1
 
     @classmethod
     def left(cls, windows: int, asked_seconds: float, extra_seconds: float, *, virtual: bool) -> Extra:
         """After so many windows that took `extra_seconds`, and levels asked for that took `asked_seconds`."""
         if virtual:
-            return cls(VIRTUAL_EXTRA_WINDOWS - windows, clean_seconds=300.0, clean_calls=10_000, coarseness=0.02)
+            return cls(VIRTUAL_EXTRA_WINDOWS - windows, clean_calls=10_000, coarseness=0.02)
         return cls(EXTRA_WINDOWS - windows, most_extra_seconds(asked_seconds) - extra_seconds)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llmq.tune.evidence import Limit, judged, limit_found
-from llmq.tune.guard import Extra
+from llmq.tune.guard import LONGEST_CLEAN_SECONDS, Extra
 from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
 from llmq.tune.standing import (
@@ -47,6 +47,8 @@ _FASTER = 1.04
 _FEW_CALLS = 20
 _CLOSE_LEVELS = 1.25
 _MOST_AT_ONCE = 2
+_LONG_ENOUGH = 0.8
+"""Of a window that was wished for: what is unsettled in it does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +286,7 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
     once more the next above it, which should bring more.
 
     Such a limit shows only once its bucket is empty. Where nothing was refused at all, a minute shows one whose bucket
-    is a minute deep at twice its rate, and five minutes at 1.2 times its rate.
+    is a minute deep at twice its rate, and five minutes, where they are few calls or cost none, at 1.2 times its rate.
     """
     chosen = found.chosen
     if chosen is None:
@@ -296,9 +298,10 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
             if step is not None and missing <= extra.seconds * point.attempt_rate:
                 return step
     held = max(p.window_seconds for p in points if p.setting == chosen.setting)
-    clean_seconds = min(extra.clean_seconds, extra.clean_calls / chosen.attempt_rate)
-    if not any(p.refused for p in points) and held < clean_seconds:
-        step = _more(points, chosen.setting, seconds=min(clean_seconds, extra.seconds / 2), most=1)
+    clean_seconds = max(extra.clean_seconds, min(LONGEST_CLEAN_SECONDS, extra.clean_calls / chosen.attempt_rate))
+    wished = min(clean_seconds, extra.seconds / 2)
+    if not any(p.refused for p in points) and held < _LONG_ENOUGH * wished:
+        step = _more(points, chosen.setting, seconds=wished, most=MOST_MORE + 1)
         if step is not None:
             return step
     step = _again(points, chosen, extra)  # it was chosen for a lucky window, more often than not

@@ -17,7 +17,7 @@ Rules
   whole milliseconds. It starts nothing while it is at work on a refusal. What the provider takes is as recorded, where
   all of that is in it, so the provider's own timers are never late. Not every hold is as long as `fit` takes it for, so
   what it reads of a simulation is used to correct it (indirect inference, Gourieroux et al. 1993). Where the simulation
-  agrees better with a client that is never late nor busy, it is not.
+  agrees better with a client that is neither late nor busy, that one is taken.
 """
 
 from __future__ import annotations
