@@ -1,7 +1,6 @@
 """How long a virtual sweep takes: 7 levels of 2,000 calls, on each of the judge's twelve providers.
 
-python benchmarks/virtual.py     the levels alone, and with the windows that the sweep adds; prints the table of
-                                 docs/tuning.md
+python benchmarks/virtual.py     prints a table: the levels alone, and with the windows that the sweep adds
 """
 
 from __future__ import annotations
