@@ -180,7 +180,7 @@ def _fault(spec: ProviderSpec, draw: float) -> Fault | None:
 
 
 def _sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choices(_WORDS, k=words)).capitalize() + "."
+    return " ".join(rng.choice(_WORDS) for _ in range(words)).capitalize() + "."
 
 
 def _instance(schema: Any, root: Mapping[str, Any], rng: random.Random, name: str, depth: int) -> Any:
