@@ -310,7 +310,7 @@ async def test_the_schema_of_a_model_is_made_once():
     assert Made.made == 1
 
 
-KEYS = ["S1-P1-F1", "two words"]
+KEYS = ["S1-P1-F1", "two_words"]
 IDS = Annotated[list[Literal["a", "b"]], Field(min_length=1, max_length=2)]
 MODEL = create_model(
     "MappingAnswer",
@@ -321,20 +321,17 @@ OBJECT = _ObjectOf("MappingAnswer", KEYS, _Values(IDS))
 
 
 def test_an_object_with_given_keys_is_asked_for_as_a_model_is():
-    asked = MODEL.model_json_schema()
-    for property_ in asked["properties"].values():
-        del property_["title"]  # says what the key says
-    assert OBJECT.model_json_schema() == asked
+    assert OBJECT.model_json_schema() == MODEL.model_json_schema()
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        {"S1-P1-F1": ["a"], "two words": ["b", "a"]},
+        {"S1-P1-F1": ["a"], "two_words": ["b", "a"]},
         {"S1-P1-F1": ["a"]},
-        {"S1-P1-F1": ["a"], "two words": ["c"]},
-        {"S1-P1-F1": ["a"], "two words": []},
-        {"S1-P1-F1": ["a"], "two words": ["a"], "third": ["a"]},
+        {"S1-P1-F1": ["a"], "two_words": ["c"]},
+        {"S1-P1-F1": ["a"], "two_words": []},
+        {"S1-P1-F1": ["a"], "two_words": ["a"], "third": ["a"]},
         ["a"],
     ],
 )

@@ -183,11 +183,11 @@ class _ObjectOf(Generic[V]):
         self._values = values
 
     def model_json_schema(self) -> dict[str, Any]:
-        """As of a pydantic model."""
+        """As of a pydantic model, to the letter: answers are cached by it."""
         return {
             "title": self._title,
             "type": "object",
-            "properties": dict.fromkeys(self._keys, self._values.json_schema),
+            "properties": {key: self._values.json_schema | {"title": _title(key)} for key in self._keys},
             "required": self._keys,
             "additionalProperties": False,
         }
@@ -197,3 +197,7 @@ class _ObjectOf(Generic[V]):
         fields = {key: core_schema.typed_dict_field(self._values.core_schema) for key in self._keys}
         validator = SchemaValidator(core_schema.typed_dict_schema(fields, extra_behavior="forbid"))
         return cast(dict[str, V], validator.validate_json(json_data))
+
+
+def _title(key: str) -> str:
+    return key.title().replace("_", " ").strip()
