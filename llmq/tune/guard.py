@@ -97,8 +97,8 @@ VIRTUAL_EXTRA_WINDOWS = 30
 LEAST_EXTRA_SECONDS = 30.0
 """What they may take in real time, however little was asked for."""
 
-LONGEST_CLEAN_SECONDS = 300.0
-"""How long an answer is held at most where nothing was refused."""
+CLEAN_SECONDS = (60.0, 300.0)
+"""How long an answer is held at least, and at most, where nothing was refused at all."""
 
 WARM_UP_SECONDS = 2.0
 """What the warm-up takes at least."""
@@ -106,13 +106,12 @@ WARM_UP_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What a sweep may still add by itself: windows, and seconds for them. `clean_seconds`: how long the answer is held
-    where nothing was refused at all, and `clean_calls`: for longer, up to so many calls, up to `LONGEST_CLEAN_SECONDS`;
-    `coarseness`: how far above the smallest level the answer may be, as a share."""
+    """What a sweep may still add by itself: windows, and seconds for them. `clean_calls`: up to how many calls the
+    answer is held for longer than the least of `CLEAN_SECONDS`; `coarseness`: how far above the smallest level the
+    answer may be, as a share."""
 
     windows: int
     seconds: float = math.inf
-    clean_seconds: float = 60.0
     clean_calls: int = 0
     coarseness: float = 0.1
 

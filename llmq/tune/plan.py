@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llmq.tune.evidence import Limit, judged, limit_found
-from llmq.tune.guard import LONGEST_CLEAN_SECONDS, Extra
+from llmq.tune.guard import CLEAN_SECONDS, Extra
 from llmq.tune.limits import RATES, RateSeen
 from llmq.tune.point import Point, Purpose, Setting
 from llmq.tune.standing import (
@@ -298,8 +298,8 @@ def _to_prove(points: Sequence[Point], found: Standing, bounds: Bounds, extra: E
             if step is not None and missing <= extra.seconds * point.attempt_rate:
                 return step
     held = max(p.window_seconds for p in points if p.setting == chosen.setting)
-    clean_seconds = max(extra.clean_seconds, min(LONGEST_CLEAN_SECONDS, extra.clean_calls / chosen.attempt_rate))
-    wished = min(clean_seconds, extra.seconds / 2)
+    least, most = CLEAN_SECONDS
+    wished = min(max(least, min(most, extra.clean_calls / chosen.attempt_rate)), extra.seconds / 2)
     if not any(p.refused for p in points) and held < _LONG_ENOUGH * wished:
         step = _more(points, chosen.setting, seconds=wished, most=MOST_MORE + 1)
         if step is not None:
