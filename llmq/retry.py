@@ -10,8 +10,9 @@ prompt, and its process-wide switch would change what the queue promises.
 """
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -38,6 +39,8 @@ from llmq.records import CallOutcome
 T = TypeVar("T")
 
 Classify = Callable[[BaseException], Verdict]
+
+_draw_jitter: ContextVar[Callable[[], float]] = ContextVar("llmq_draw_jitter", default=random.random)
 
 _CONNECTION_ERRORS = {  # by name, so that no SDK need be imported
     "APIConnectionError",  # openai, anthropic
@@ -127,11 +130,22 @@ class Retry:
         """
         if failed_attempts >= self.attempts or not verdict.retryable:
             return None
-        draw = random.random() if draw is None else draw
+        draw = _draw_jitter.get()() if draw is None else draw
         backoff = draw * min(self.cap, self.base * 2.0 ** min(failed_attempts - 1, 60))
         if verdict.retry_after_seconds is None:
             return backoff
         return verdict.retry_after_seconds + min(backoff, 0.1 * verdict.retry_after_seconds + 0.1 * self.base)
+
+
+@contextmanager
+def seeded_jitter(seed: int) -> Iterator[None]:
+    """Draw the jitter of retries from a seed, in this context and in the tasks that it starts: for virtual time, where
+    one run is to equal the next. Real processes that all drew the same would come back together."""
+    token = _draw_jitter.set(random.Random(seed).random)
+    try:
+        yield
+    finally:
+        _draw_jitter.reset(token)
 
 
 async def timed(factory: Callable[[], Awaitable[T]], request_timeout: float | None) -> T:

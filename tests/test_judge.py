@@ -7,12 +7,13 @@ import pytest
 
 from benchmarks import judge
 from benchmarks.judge import LEVELS, SHAPES, Truth, refuses_when_short
+from llmq.tune.point import Setting
 
 
 def up_to(slots, share_of_good=1.0):
     """N / 2 up to so many slots, then level. 97 % of the most takes them all, but for less than one in 33."""
     by_level = {n: share_of_good * min(n, slots) / 2 for n in LEVELS}
-    return Truth(max(by_level.values()), slots, by_level)
+    return Truth(max(by_level.values()), Setting(slots), slots, by_level)
 
 
 TRUTHS = {
@@ -20,7 +21,7 @@ TRUTHS = {
     "concurrency limit": up_to(24),
     # 600 a minute are 10 a second. Starts come 0.1 s apart, so 20 are in flight on average, give or take 2 to 3: a
     # start now and then waits for a slot. Runs of 6,000 calls bring 9.63 a second with 22 slots and 9.79 with 23.
-    "requests": Truth(10.0, 23, {n: min(n / 2, 10.0) for n in LEVELS}),
+    "requests": Truth(10.0, Setting(64, 600), 23, {n: min(n / 2, 10.0) for n in LEVELS}),
     # One attempt in a hundred fails after its service time; a random refusal is over in 5 ms.
     "random errors": up_to(24, 0.99),
 }

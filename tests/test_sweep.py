@@ -7,6 +7,7 @@ import fnmatch
 import gc
 import itertools
 import json
+import random
 import re
 import threading
 import time
@@ -246,6 +247,26 @@ async def test_a_bucket_is_emptied_only_for_a_level_that_could_live_on_it():
     assert list(levels) == [64, 2, 16], "the limit is known first, and the bucket rests before 16"
     assert levels[16] > 1500 + rested
     assert 1500 <= levels[2] < 1510
+
+
+def test_two_virtual_sweeps_with_one_seed_are_equal_and_leave_the_callers_random_numbers_alone():
+    spec = {"latency_seconds": 0.5, "sigma": 0.5, "requests_per_minute": 600, "bucket_seconds": 5, "seed": 1}
+
+    def swept(seed):
+        provider = SimulatedProvider(ProviderSpec(**spec))
+        asked = llmq.sweep(
+            caller(provider), range(10), [2, 8], virtual=True, calls=100, seed=seed, on_progress=lambda _: None
+        )
+        return asyncio.run(asked).points
+
+    random.seed(1)
+    first = swept(3)
+    random.seed(2)
+    before = random.getstate()
+    assert swept(3) == first
+    assert random.getstate() == before
+    assert any(p.retried for p in first), "what is drawn is the jitter of retries"
+    assert swept(4) != first
 
 
 async def test_a_complete_sweep_is_resumed_without_a_call():

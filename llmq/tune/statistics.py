@@ -68,7 +68,7 @@ def wilson(hits: int, total: int, z: float = 1.96) -> Interval:
 
 def overlap_seconds(spans: Sequence[tuple[float, float]], start: float, end: float) -> float:
     """How much time the spans have in [start, end], summed. Divided by its length: the mean number at once."""
-    return sum(max(0.0, min(end, last) - max(start, first)) for first, last in spans)
+    return math.fsum(max(0.0, min(end, last) - max(start, first)) for first, last in spans)  # in any order the same
 
 
 def block_counts(times: Sequence[float], start: float, end: float, blocks: int = BLOCKS) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from llmq.errors import ConfigError
 from llmq.ledger import Price
 from llmq.pipeline import Pipeline
 from llmq.records import Records
-from llmq.retry import Retry
+from llmq.retry import Retry, seeded_jitter
 from llmq.runtime import RuntimeEnv
 from llmq.tune.evidence import drift, judged, limit_found
 from llmq.tune.guard import Caps, Extra, Prediction, Stopped, checked_caps
@@ -204,7 +204,8 @@ async def sweep(
     is after its warm-up (default: 40 service times, between 2 and 20 s), `calls` how many attempts it has at least.
 
     `virtual`: on a virtual clock, an hour in a second, with `calls` of 2,000. Only what waits by the loop's timers can
-    be virtual, such as `llmq.testing.SimulatedProvider`: sockets and threads raise `VirtualTimeError`.
+    be virtual, such as `llmq.testing.SimulatedProvider`: sockets and threads raise `VirtualTimeError`. With the same
+    `seed` it finds the same again, if the call does.
 
     `arrivals`: an open loop. Calls come at so many a second, at random (Poisson), or at the given seconds, over and
     over; response times count from the intended start, and `slo_p95` bounds them. Otherwise the loop is closed: each
@@ -267,7 +268,7 @@ async def sweep(
     with sweep_progress(on_progress, at_once=on_plan is None) as report:
         work = _Work(result, order, make_runner, store, on_plan, report, virtual=virtual, refine=refine)
         if virtual:
-            with _collecting_seldom():
+            with _collecting_seldom(), seeded_jitter(seed):
                 await in_virtual_time(work.run)
         else:
             await work.run()
