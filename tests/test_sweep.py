@@ -73,6 +73,33 @@ async def test_a_concurrency_limit_is_found_exactly():
     assert (answer.level, answer.binds, answer.requests_per_minute) == (12, "concurrency", None)
 
 
+async def test_short_windows_see_past_what_the_first_refusals_hold_back():
+    """The first refusals come when all have started; Retry-After is 1 s, and no service time known that belies it."""
+    provider = SimulatedProvider(ProviderSpec(latency_seconds=0.2, sigma=0.1, max_concurrency=12))
+    call = caller(provider)
+
+    async def over_a_network(item):
+        await asyncio.sleep(0.01)
+        return await call(item)
+
+    options = {"virtual": True, "seconds": 1.5, "on_progress": lambda _: None}
+    found = await llmq.sweep(over_a_network, range(10), [4, 8, 16, 32], **options)
+    answer = found.recommend()
+    assert (answer.level, answer.binds) == (12, "concurrency"), str(found)
+    for point in (of_level(found, 16), of_level(found, 32)):
+        assert point.refused
+        assert point.warm_up_seconds > 2, "a second as said, and one in which they come back"
+
+
+async def test_calls_that_are_held_back_through_a_window_are_not_taken_for_too_few():
+    spec = {"latency_seconds": 1.0, "sigma": 0.5, "max_concurrency": 40}
+    found = await sweep_of(spec, [16, 32, 64], virtual=True, seconds=0.5, refine=False)
+    held = of_level(found, 64)
+    assert held.in_flight < 0.9 * 64 < held.in_flight + held.queued
+    assert held.refused == 0, "those came before it"
+    assert held.limited_by is None
+
+
 async def test_a_server_that_saturates_has_a_knee():
     found = await sweep_of({"latency_seconds": 1, "load_slots": 8, "sigma": 0.1}, [4, 8, 32], calls=400)
     answer = found.recommend()

@@ -347,7 +347,7 @@ def _limited_by(point: Point) -> str | None:
     # So does a pace, on purpose, and so do arrivals of an open loop.
     if point.setting.paced or point.offered_rate is not None:
         return None
-    if point.in_flight < ACHIEVED_SHARE * point.level and not point.refused:
+    if point.in_flight + point.queued < ACHIEVED_SHARE * point.level and not point.refused:
         return "pipeline"
     return None
 

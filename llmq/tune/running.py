@@ -40,7 +40,7 @@ class Run(Ledger):
 
     def __init__(self, used: Used, look_seconds: float) -> None:
         super().__init__()
-        self.ended = self.succeeded = self.rate_refusals = 0
+        self.ended = self.succeeded = self.refusals = self.rate_refusals = 0
         self.hidden_retries = False
         self.last_error: BaseException | None = None
         self.meter: ClientMeter | None = None
@@ -71,7 +71,9 @@ class Run(Ledger):
         self._spent.add_attempt(record)
         self.ended += record.started_at is not None
         self.succeeded += record.outcome == "ok"
-        self.rate_refusals += record.outcome == "rejected" and by_a_rate(record)
+        refused = record.outcome == "rejected"
+        self.refusals += refused
+        self.rate_refusals += refused and by_a_rate(record)
         if not self._woken.is_set() and (self._enough() or self._spent.at_cap() is not None):
             self._loop.call_soon_threadsafe(self._woken.set)
         return ()
@@ -90,7 +92,8 @@ class Run(Ledger):
     async def warmed_up(self, service_seconds: float, *, paced: bool) -> None:
         """Until the level is full and one service time has passed since, or it is plain that it stays unfilled.
 
-        Where starts are paced it need not fill: two service times are enough.
+        Where starts are paced it need not fill: two service times are enough. Where a limit on calls at once refuses
+        some of the first, all are held back for these; so until it refuses again.
         """
         if paced:
             await self.until(clock() + 2.0 * service_seconds)
@@ -99,6 +102,9 @@ class Run(Ledger):
         while clock() < deadline and not self.consumer.done() and self._is_filling():
             await self.until(min(deadline, clock() + self._look_seconds))
         await self.until(min(deadline, clock() + service_seconds))
+        before = self.refusals
+        if before > self.rate_refusals:
+            await self.until(deadline, lambda: self.refusals > before)
 
     def _is_filling(self) -> bool:
         return self.queue.statistics().in_flight < self.queue.max_concurrency
