@@ -596,7 +596,7 @@ def test_a_busy_client_is_found_again():
         return await closed_loop(busy, 20, 1000)
 
     trace = Trace.from_records(on_client_loop(main), 20)
-    found = asked(trace, [20])
+    found = asked(trace, [20], calls=4000)  # of 1,000 the simulation without it agrees as well now and then
     assert found.model.busy_seconds == pytest.approx(0.004, abs=0.001)
     assert abs(found.agreement.share_429_error) < 0.02
 
@@ -646,12 +646,13 @@ def test_in_virtual_time_no_client_is_late(level, calls, rate):
     assert fit(trace).late_seconds < 1e-4
 
 
-def test_lateness_is_left_out_where_it_makes_the_agreement_worse():
-    trace = record({"latency_seconds": 0.1, "requests_per_minute": 300, "bucket_seconds": 2}, 3, calls=150)
-    with mock.patch("llmq.tune.fit.fit_late_seconds", return_value=0.016):
-        found = asked(trace, [3])
-    assert found.model.late_seconds == 0
-    assert abs(found.agreement.p50_error) < 0.05
+def test_a_slow_client_is_left_out_where_it_makes_the_agreement_worse():
+    spec = {"latency_seconds": 0.3, "requests_per_minute": 3000, "bucket_seconds": 0.5, "refusal_seconds": 0.01}
+    trace = record(spec, 20, calls=1000)
+    with mock.patch("llmq.tune.fit.fit_busy_seconds", return_value=0.03):
+        found = asked(trace, [20])
+    assert (found.model.busy_seconds, found.model.late_seconds) == (0, 0)
+    assert found.agreement.worst < 0.02, "with it more than 0.05"
 
 
 def test_a_refused_call_is_back_when_the_queue_says():
