@@ -172,6 +172,8 @@ def chromium(folder):
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         driver.set_script_timeout(2 * WAIT_SECONDS)
+        # JupyterLab's current widget is what has the focus, and a headless window need not have it.
+        driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
         yield driver
     finally:
         driver.quit()
