@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import SchemaValidator, core_schema
 
 from llmq.generators.conversation import ConversationSession, SessionContext
@@ -29,6 +30,8 @@ CALLS_PER_SERVICE = 1 + len(PLATEAUS) * 4
 
 Text = Annotated[str, Field(min_length=1)]
 V = TypeVar("V")
+
+_title_of = GenerateJsonSchema().get_title_from_name
 
 
 class _Answer(BaseModel):
@@ -187,7 +190,7 @@ class _ObjectOf(Generic[V]):
         return {
             "title": self._title,
             "type": "object",
-            "properties": {key: self._values.json_schema | {"title": _title(key)} for key in self._keys},
+            "properties": {key: self._values.json_schema | {"title": _title_of(key)} for key in self._keys},
             "required": self._keys,
             "additionalProperties": False,
         }
@@ -197,7 +200,3 @@ class _ObjectOf(Generic[V]):
         fields = {key: core_schema.typed_dict_field(self._values.core_schema) for key in self._keys}
         validator = SchemaValidator(core_schema.typed_dict_schema(fields, extra_behavior="forbid"))
         return cast(dict[str, V], validator.validate_json(json_data))
-
-
-def _title(key: str) -> str:
-    return key.title().replace("_", " ").strip()
